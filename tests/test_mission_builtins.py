@@ -168,7 +168,7 @@ def test_a_file_is_named_by_id_and_the_plain_letters_of_the_name(
         for number, pattern in enumerate(FILE_NAMES.values()))
 
 
-def test_the_log_says_what_was_found_and_how_large_it_was(account, spotify):
+def test_log_lists_each_playlist_with_its_size(account, spotify):
     spotify.add("small", "One", tracks=1)
     spotify.add("large", "Many", tracks=120)
     out = account.back_up().out
@@ -192,7 +192,7 @@ def test_pages_are_followed_to_the_end(account, spotify, largest):
     assert saved["tracks"] == spotify.tracks["id3"]
 
 
-def test_the_largest_pages_are_asked_for(account, spotify):
+def test_largest_pages_are_requested(account, spotify):
     spotify.add("one", "One")
     account.back_up()
     assert [(asked.path, asked.query["limit"])
@@ -206,7 +206,7 @@ def test_a_playlist_without_tracks_has_an_empty_list(account, spotify):
     assert json.loads(account.files()["none_None.json"])["tracks"] == []
 
 
-def test_a_track_that_is_gone_stays_in_the_list_as_null(account, spotify):
+def test_deleted_track_is_kept_in_the_list_as_null(account, spotify):
     spotify.add("one", "One", tracks=2)
     spotify.tracks["one"][0]["track"] = None
     account.back_up()
@@ -215,8 +215,8 @@ def test_a_track_that_is_gone_stays_in_the_list_as_null(account, spotify):
 
 
 @support.root_only
-def test_no_directory_is_made_behind_a_link_of_the_users(account, spotify,
-                                                         scratch):
+def test_no_directory_is_created_behind_a_symbolic_link_of_the_user(
+        account, spotify, scratch):
     spotify.add("one", "One")
     victim, sync = scratch.make("victim"), scratch.folder / "sync"
     sync.rename(scratch.folder / "before")
@@ -228,7 +228,7 @@ def test_no_directory_is_made_behind_a_link_of_the_users(account, spotify,
     assert result.code == 1 and f"{sync}/spotify: " in result.out
 
 
-def test_a_dry_run_asks_nobody(account, spotify):
+def test_dry_run_sends_no_request_and_fetches_no_password(account, spotify):
     spotify.add("one", "One")
     account.back_up("--dry-run")
     assert (spotify.requests, account.files()) == ([], {})
@@ -249,7 +249,7 @@ def test_the_servers_can_be_set_for_the_task_or_for_mission(
 # Spotify: files are replaced whole, and only our own are removed
 # ==========================================================================
 
-def test_a_file_is_replaced_and_never_written_over(account, spotify):
+def test_file_is_replaced_by_rename_and_never_overwritten(account, spotify):
     spotify.add("one", "One", tracks=1)
     account.back_up()
     path = account.folder / "one_One.json"
@@ -262,7 +262,8 @@ def test_a_file_is_replaced_and_never_written_over(account, spotify):
     assert os.listdir(account.folder) == ["one_One.json"]
 
 
-def test_a_planted_link_is_replaced_and_its_target_spared(account, spotify):
+def test_planted_symbolic_link_is_replaced_and_its_target_unchanged(
+        account, spotify):
     spotify.add("one", "One")
     victim = account.scratch.folder / "victim"
     victim.write_text("mine")
@@ -274,7 +275,7 @@ def test_a_planted_link_is_replaced_and_its_target_spared(account, spotify):
 
 @pytest.mark.parametrize("ident", [
     "../../evil", "{0}/evil", "..", "a\nb/c?d#e", "é" * 200])
-def test_an_odd_id_never_leads_out_of_the_folder(account, spotify, ident):
+def test_playlist_id_never_leads_out_of_the_directory(account, spotify, ident):
     spotify.add(ident.format(account.scratch.folder), "Evil")
     before = tree(account.scratch.folder, account.folder)
     result = account.scratch.mission("run")
@@ -290,7 +291,7 @@ def tree(folder: Path, without: Path) -> set[str]:
             if without not in (path, *path.parents)}
 
 
-def test_the_file_of_a_playlist_that_is_gone_is_removed(account, spotify):
+def test_file_of_a_deleted_playlist_is_removed(account, spotify):
     spotify.add("stays", "Stays")
     spotify.add("gone", "Gone")
     account.back_up()
@@ -300,8 +301,7 @@ def test_the_file_of_a_playlist_that_is_gone_is_removed(account, spotify):
     assert list(account.files()) == ["stays_Stays.json"]
 
 
-def test_a_renamed_playlist_leaves_no_file_with_its_old_name(
-        account, spotify):
+def test_renamed_playlist_leaves_no_file_with_its_old_name(account, spotify):
     playlist = spotify.add("one", "Before")
     account.back_up()
     playlist["name"] = "After"
@@ -319,7 +319,7 @@ STRANGERS = {       # files that the task did not write; some look so
 }
 
 
-def test_a_strangers_file_is_never_removed(account, spotify):
+def test_file_of_another_program_is_never_removed(account, spotify):
     spotify.add("stays", "Stays")
     spotify.add("gone", "Gone")
     account.back_up()
@@ -374,7 +374,7 @@ BAD_DAYS = {        # what goes wrong in the second run: path, first, then
 
 
 @pytest.mark.parametrize("day", BAD_DAYS)
-def test_nothing_is_lost_on_a_day_when(day, account, spotify):
+def test_no_file_is_removed_after_an_incomplete_listing(day, account, spotify):
     path, first, then = BAD_DAYS[day]
     account.task["timeout"] = "15s"
     spotify.largest = 2
@@ -428,7 +428,7 @@ def test_a_null_among_the_playlists_costs_none_of_the_others(
 # ==========================================================================
 
 @pytest.mark.parametrize("path", [LISTING, TRACKS, "/api/token"])
-def test_retry_after_is_waited_for(account, spotify, path):
+def test_next_request_waits_for_retry_after(account, spotify, path):
     spotify.add("one", "One")
     if path == "/api/token":
         account.log_in_long_ago()
@@ -454,7 +454,7 @@ def test_retry_after_is_waited_for(account, spotify, path):
 
 
 @pytest.mark.parametrize("after", ["", "soon", "1e9999", "in one second"])
-def test_an_odd_retry_after_is_survived(account, spotify, after):
+def test_unusual_retry_after_is_accepted(account, spotify, after):
     spotify.add("one", "One")
     if after == "in one second":
         after = format_datetime(datetime.now(timezone.utc)
@@ -464,7 +464,7 @@ def test_an_odd_retry_after_is_survived(account, spotify, after):
     assert list(account.files()) == ["one_One.json"]
 
 
-def test_nobody_asks_again_before_a_long_retry_after(account, spotify):
+def test_no_request_is_sent_before_a_long_retry_after(account, spotify):
     spotify.add("one", "One")
     account.task["timeout"] = "3s"
     spotify.script(LISTING, then=status(429, retry_after=86400))
@@ -476,7 +476,7 @@ def test_nobody_asks_again_before_a_long_retry_after(account, spotify):
 
 @pytest.mark.parametrize("hiccup", [status(500), status(503), half, cut],
                          ids=["500", "503", "half", "cut"])
-def test_a_hiccup_of_the_server_does_not_fail_the_backup(
+def test_temporary_server_error_does_not_fail_the_backup(
         account, spotify, hiccup):
     spotify.add("one", "One")
     spotify.script(LISTING, hiccup)
@@ -485,7 +485,7 @@ def test_a_hiccup_of_the_server_does_not_fail_the_backup(
     assert list(account.files()) == ["one_One.json"]
 
 
-def test_a_server_that_never_answers_meets_the_timeout(account, spotify):
+def test_server_that_never_answers_ends_with_the_timeout(account, spotify):
     spotify.add("one", "One")
     account.task["timeout"] = "1s"
     spotify.script(LISTING, then=held)
@@ -506,7 +506,7 @@ def test_an_unreachable_server_is_reported_without_error_numbers(
 # Spotify: tokens and credentials
 # ==========================================================================
 
-def test_a_token_that_is_still_good_is_used(account, spotify):
+def test_valid_token_is_used(account, spotify):
     spotify.add("one", "One")
     account.back_up()
     assert spotify.asked("/api/token") == account.secrets.asked() == []
@@ -522,8 +522,7 @@ EXPIRIES = {        # as Go writes them, and as people spoil them
 
 
 @pytest.mark.parametrize("expiry", EXPIRIES.values(), ids=EXPIRIES.keys())
-def test_a_token_that_is_no_longer_good_is_refreshed(
-        account, spotify, expiry):
+def test_expired_token_is_refreshed(account, spotify, expiry):
     spotify.add("one", "One")
     account.log_in("access-of-old", expiry)
     account.back_up()
@@ -531,7 +530,7 @@ def test_a_token_that_is_no_longer_good_is_refreshed(
     assert list(account.files()) == ["one_One.json"]
 
 
-def test_the_new_token_is_stored_as_the_original_would(account, spotify):
+def test_new_token_is_stored_in_the_format_of_the_original(account, spotify):
     spotify.add("one", "One")
     account.log_in_long_ago()
     account.token_file.chmod(0o644)
@@ -573,7 +572,7 @@ def test_a_new_refresh_token_survives_a_run_that_fails(account, spotify):
     assert list(account.files()) == ["one_One.json"]
 
 
-def test_a_token_that_is_revoked_half_way_is_refreshed_once(account, spotify):
+def test_token_revoked_during_the_backup_is_refreshed_once(account, spotify):
     spotify.largest, spotify.rotate = 2, True
     for number in range(5):
         spotify.add(f"id{number}", "x", tracks=3)
@@ -599,7 +598,8 @@ BAD_TOKENS = {
 
 
 @pytest.mark.parametrize("mistake", BAD_TOKENS)
-def test_a_bad_token_file_is_named(mistake, account, spotify):
+def test_error_of_an_invalid_token_file_names_the_file(
+        mistake, account, spotify):
     account.task["timeout"] = "5s"
     BAD_TOKENS[mistake](account.token_file)
     out = account.back_up(well=False).out
@@ -607,7 +607,7 @@ def test_a_bad_token_file_is_named(mistake, account, spotify):
     assert "Traceback" not in out and "timed out" not in out
 
 
-def test_pass_is_asked_for_the_secret_and_then_for_the_id(account, spotify):
+def test_pass_returns_the_secret_first_and_then_the_id(account, spotify):
     spotify.add("one", "One")
     account.log_in_long_ago()
     account.back_up()
@@ -615,8 +615,7 @@ def test_pass_is_asked_for_the_secret_and_then_for_the_id(account, spotify):
                                        "1 spotify_api_client_id"]
 
 
-def test_wrong_credentials_are_reported_once_and_not_tried_again(
-        account, spotify):
+def test_wrong_credentials_are_reported_once_and_not_retried(account, spotify):
     account.log_in_long_ago()
     account.secrets.put("spotify_api_client_secret", "of-yesterday")
     before = account.token()
@@ -628,7 +627,7 @@ def test_wrong_credentials_are_reported_once_and_not_tried_again(
 
 @pytest.mark.parametrize("name", ["spotify_api_client_secret",
                                   "spotify_api_client_id"])
-def test_a_pass_that_has_no_value_is_named(account, name):
+def test_missing_pass_entry_is_named(account, name):
     account.log_in_long_ago()
     (account.secrets.folder / f"{name}.value").unlink()
     out = account.back_up(well=False).out
@@ -636,7 +635,7 @@ def test_a_pass_that_has_no_value_is_named(account, name):
 
 
 @pytest.mark.parametrize("missing", ["sync", "sessions", "passBin"])
-def test_what_spotify_needs_is_named_when_it_is_missing(account, missing):
+def test_missing_setting_of_spotify_is_named(account, missing):
     config = account.scratch.config
     config.pop(missing, None)
     config["storage"].pop(missing, None)
@@ -645,7 +644,7 @@ def test_what_spotify_needs_is_named_when_it_is_missing(account, missing):
     assert missing in result.err and "spotify" in result.err
 
 
-def test_no_token_and_no_credential_is_in_log_mail_or_history(
+def test_tokens_and_credentials_are_not_in_log_mail_or_history(
         account, spotify):
     account.scratch.keep_mail()
     account.log_in_long_ago()
@@ -680,7 +679,7 @@ def test_a_builtin_task_gets_storage_user_and_passwords(scratch, secrets):
     assert secrets.asked() == ["1 a-name"]
 
 
-def test_a_builtin_task_runs_as_a_script_would(scratch):
+def test_builtin_task_runs_with_the_process_environment_of_a_script(scratch):
     """Its own folder, session and environment, and nothing on stdin."""
     scratch.storage("sync")
     scratch.builtin("mine", """
@@ -703,7 +702,7 @@ def test_a_builtin_task_runs_as_a_script_would(scratch):
         assert line in support.log_texts(result.out)
 
 
-def test_all_that_a_builtin_task_says_is_in_the_log_in_order(scratch):
+def test_output_of_a_builtin_task_is_logged_in_order(scratch):
     scratch.builtin("mine", r"""
         import os, subprocess, sys
         def run(args, log):
@@ -795,7 +794,7 @@ def ends(tmp_path_factory):
 
 
 @pytest.mark.parametrize("body", ENDS)
-def test_a_builtin_task_that_fails_fails_alone(ends, body):
+def test_failed_builtin_task_does_not_fail_the_others(ends, body):
     scratch, result = ends
     slug = f"end{list(ENDS).index(body)}"
     assert ENDS[body] in task_section(result.out, slug)
@@ -805,7 +804,7 @@ def test_a_builtin_task_that_fails_fails_alone(ends, body):
     assert f"{len(ENDS)} errors " in result.err
 
 
-def test_an_exception_brings_its_traceback_with_file_and_line(scratch):
+def test_exception_is_logged_with_its_file_and_line(scratch):
     scratch.builtin("mine", """
         def deep(n):
             return {}["no such key"]
@@ -822,7 +821,7 @@ def test_an_exception_brings_its_traceback_with_file_and_line(scratch):
     assert 'return {}["no such key"]' in out
 
 
-def test_an_endless_loop_meets_the_timeout(scratch):
+def test_endless_loop_ends_with_the_timeout(scratch):
     scratch.builtin("mine", """
         import signal
         def run(args, log):
@@ -837,7 +836,7 @@ def test_an_endless_loop_meets_the_timeout(scratch):
     assert "the next one ran" in support.log_texts(result.out)
 
 
-def test_a_thread_that_never_ends_does_not_hold_the_run(scratch):
+def test_thread_that_never_ends_does_not_delay_the_end_of_the_run(scratch):
     scratch.builtin("mine", """
         import threading
         def run(args, log):
@@ -876,7 +875,7 @@ def test_a_builtin_task_cannot_change_the_runner(scratch):
     assert support.mode(scratch.log_files()[-1]) == 0o600
 
 
-def test_a_builtin_task_has_none_of_the_runners_files_open(scratch):
+def test_builtin_task_inherits_no_open_file_of_the_runner(scratch):
     scratch.builtin("mine", """
         import os
         def run(args, log):
@@ -971,7 +970,7 @@ def test_an_error_in_a_builtin_task_fails_only_this_task(
     assert f"{len(MISTAKES)} errors " in run.err and run.code == 1
 
 
-def test_check_accepts_any_way_to_name_run(scratch):
+def test_check_accepts_every_way_to_define_run(scratch):
     for number, python in enumerate([
             "import os\nrun = os.getenv\n",
             "from os import getenv as run\n",
@@ -993,7 +992,7 @@ def test_check_runs_nothing_of_a_builtin_task(scratch):
     assert not (scratch.folder / "ran").exists()
 
 
-def test_a_module_that_fails_to_load_fails_its_task_alone(scratch):
+def test_module_that_fails_to_load_fails_only_its_task(scratch):
     scratch.builtin("mine", """
         import no_such_module
         def run(args, log): pass
@@ -1052,7 +1051,7 @@ def said(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", SAID)
-def test_a_value_from_pass_is_in_no_log_mail_or_history_when_it(said, how):
+def test_pass_value_is_redacted_in_log_mail_and_history(said, how):
     scratch, secrets, result = said
     number = list(SAID).index(how)
     secret = f"{SECRET} {number}!"
@@ -1063,7 +1062,7 @@ def test_a_value_from_pass_is_in_no_log_mail_or_history_when_it(said, how):
     assert leaks(scratch, result, secret, repr(secret)[1:-1]) == []
 
 
-def test_many_values_are_fetched_and_none_is_seen(scratch, secrets):
+def test_many_pass_values_are_fetched_and_redacted(scratch, secrets):
     names = [f"name{n}" for n in range(12)]
     for name in names:
         secrets.put(name, f"the-value-of-{name}!")
@@ -1078,7 +1077,7 @@ def test_many_values_are_fetched_and_none_is_seen(scratch, secrets):
     assert "the-value-of" not in result.out
 
 
-def test_a_value_is_hidden_from_the_tasks_that_come_after(scratch, secrets):
+def test_pass_value_is_redacted_in_the_output_of_later_tasks(scratch, secrets):
     secrets.put("bank", SECRET)
     scratch.builtin("mine", """
         def run(args, log):
@@ -1090,7 +1089,7 @@ def test_a_value_is_hidden_from_the_tasks_that_come_after(scratch, secrets):
     assert leaks(scratch, result, SECRET) == []
 
 
-def test_only_the_first_line_of_a_value_counts(scratch, secrets):
+def test_pass_value_is_the_first_line_of_the_output(scratch, secrets):
     secrets.put("bank", "hunter2hunter2\nurl: https://bank.example")
     scratch.builtin("mine", """
         def run(args, log):
@@ -1113,7 +1112,7 @@ def test_an_empty_value_redacts_nothing_in_the_log(scratch, secrets):
         scratch.mission("run").out)
 
 
-def test_a_failing_passbin_fails_the_task_and_is_named(scratch, secrets):
+def test_failure_of_passbin_fails_the_task_and_is_named(scratch, secrets):
     scratch.builtin("mine", """
         def run(args, log):
             args.pass_value("no-such-name")

@@ -111,7 +111,8 @@ def test_wrong_usage_is_an_error_with_a_hint_and_nothing_runs(
         ["--headless"], ["--wait", "1s"], ["-t", "mail"], ["--task=mail"],
         ["-t", "photos", "--task", "mail", "-q"])
 ])
-def test_options_stand_before_or_after_the_command(commands, options, typed):
+def test_options_are_accepted_before_and_after_the_command(
+        commands, options, typed):
     os.replace("mission.config.json", "m.json")
     if not any("m.json" in word for word in options):
         options = ["-c", "m.json", *options]
@@ -130,7 +131,7 @@ def test_the_last_of_two_equal_options_wins(typed):
     assert typed("list", "-c", "nothing.json")[0] == mission.EXIT_CONFIG
 
 
-def test_a_file_that_is_named_like_an_option_is_a_file(typed):
+def test_file_named_like_an_option_is_read_as_a_file(typed):
     os.replace("mission.config.json", "-t")
     assert typed("list", "--config=-t")[0] == 0
 
@@ -167,7 +168,7 @@ def test_help_without_a_topic_lists_the_topics(typed):
 
 
 @pytest.mark.parametrize("topic", mission.TOPICS)
-def test_topic_fits_80_columns_and_has_no_mark_left(topic, typed):
+def test_topic_fits_80_columns_without_unresolved_markup(topic, typed):
     out = typed("help", topic)[1]
     assert out == mission.topic_text(topic)
     assert max(map(len, out.splitlines())) <= 79
@@ -179,12 +180,13 @@ def test_topic_fits_80_columns_and_has_no_mark_left(topic, typed):
      "mission: hint: mission help config"),
     (["help", "xyz"], 'unknown topic "xyz" (expected config, tasks,'),
     (["man", "run"], 'unknown topic "run" (expected config, tasks,')])
-def test_an_unknown_topic_names_the_known_ones(words, message, typed):
+def test_error_of_an_unknown_topic_names_the_known_topics(
+        words, message, typed):
     status, out, err = typed(*words)
     assert (status, out) == (mission.EXIT_USAGE, "") and message in err
 
 
-def test_help_of_a_command_is_that_of_its_option(typed):
+def test_help_command_prints_the_same_as_the_help_option(typed):
     assert typed("help", "run") == typed("run", "--help")
 
 
@@ -195,12 +197,12 @@ def test_pager_is_cat_where_less_is_missing(typed, monkeypatch):
         assert pager.args == ["cat"]
 
 
-def test_version_is_a_command_too(typed):
+def test_command_version_prints_the_same_as_the_option(typed):
     assert typed("version") == typed("--version")
 
 
 @pytest.mark.parametrize("topic", ["", *mission.TOPICS])
-def test_manual_page_is_clean_and_has_all_words_of_its_text(
+def test_manual_page_has_no_warnings_and_all_words_of_its_topic(
         topic, typed, tmp_path):
     """groff and mandoc find nothing wrong with the roff."""
     page = tmp_path / "page.roff"
@@ -231,7 +233,7 @@ def test_every_command_has_help_that_fits_80_columns(typed):
     lambda text: text.replace("import annotations ", "import unknown "),
     lambda text: "import sys; sys.version_info = (3, 8)\n" + text.replace(
         "from __future__", "# from __future__")], ids=["3.6", "3.8"])
-def test_python_that_is_too_old_says_which_one_is_needed(change, tmp_path):
+def test_error_of_an_old_python_names_the_required_version(change, tmp_path):
     path = tmp_path / "mission.py"
     path.write_text(change((support.ROOT / "mission.py").read_text()))
     done = subprocess.run([support.PYTHON, "-IS", str(path), "--version"],
@@ -240,7 +242,7 @@ def test_python_that_is_too_old_says_which_one_is_needed(change, tmp_path):
     assert "mission needs Python 3.9 or newer" in done.stderr
 
 
-def test_new_and_init_take_no_dry_run_and_write_nothing(typed, scratch):
+def test_dry_run_is_wrong_usage_for_new_and_init(typed, scratch):
     before = sorted(scratch.folder.rglob("*"))
     for words in (["new", "bar"], ["init", "-c", "z.json"]):
         for line in ([*words, "--dry-run"], ["--dry-run", *words]):
@@ -251,39 +253,39 @@ def test_new_and_init_take_no_dry_run_and_write_nothing(typed, scratch):
 
 
 @pytest.mark.parametrize("words", [["--version"], ["list", "--version"]])
-def test_version_is_one_line(words, typed):
+def test_version_is_printed_as_one_line(words, typed):
     assert typed(*words) == (0, f"mission {mission.VERSION}\n", "")
 
 
-def test_the_usage_fits_a_screen_of_80_columns():
+def test_usage_fits_80_columns():
     assert max(map(len, mission.usage().splitlines())) <= 79
 
 
 # --- list, check, dump, --dry-run -----------------------------------------
 
 
-def test_list_has_one_slug_a_line_in_the_order_of_the_file(typed):
+def test_list_prints_one_slug_per_line_in_the_order_of_the_file(typed):
     assert typed("list") == (0, "mail\nphotos\noffsite\n", "")
 
 
-def test_list_verbose_says_what_each_is(typed):
+def test_verbose_list_describes_each_task(typed):
     assert typed("list", "-v", "-C")[1] == (
         "mail [Mail, scheduled]\nphotos [Photos, manual]\n"
         "offsite [Offsite, scheduled, post]\n")
 
 
-def test_list_json_is_for_programs(typed):
+def test_list_as_json_has_the_fields_of_each_task(typed):
     found = json.loads(typed("list", "--json")[1])
     assert [task["slug"] for task in found] == ["mail", "photos", "offsite"]
     assert found[2] == {"slug": "offsite", "name": "Offsite", "type": "exec",
                         "scheduled": True, "post": True}
 
 
-def test_check_of_a_right_configuration_is_silent(typed):
+def test_check_of_a_valid_configuration_prints_nothing(typed):
     assert typed("check") == (0, "", "")
 
 
-def test_what_dump_prints_dumps_the_same(typed, scratch, capsys):
+def test_dump_of_a_dump_is_the_same(typed, scratch, capsys):
     status, first, err = typed("dump")
     assert (status, err) == (0, "")
     (scratch.folder / "again.json").write_text(first)
@@ -341,12 +343,12 @@ def test_dry_run_marks_storages_that_cannot_be_used_now(typed, scratch):
         f"commit {full}": [f"{full} is not mounted"]}
 
 
-def test_tasks_of_the_option_run_in_the_order_of_the_command_line(typed):
+def test_tasks_of_option_t_run_in_the_order_of_the_command_line(typed):
     out = typed("run", "--dry-run", "-t", "photos", "-t", "mail")[1]
     assert out.index("photos") < out.index("mail") and "offsite" not in out
 
 
-def test_a_broken_script_stops_check_and_not_the_dry_run(typed, scratch):
+def test_invalid_script_fails_check_but_not_the_dry_run(typed, scratch):
     (scratch.tasks / "mail" / "run").unlink()
     status, out, err = typed("check")
     assert status == mission.EXIT_CONFIG and out == ""
@@ -413,7 +415,7 @@ def test_a_typical_mistake_has_a_message_that_names_the_fix(
     assert message in err
 
 
-def test_a_file_that_ends_early_says_so(typed, scratch):
+def test_truncated_file_is_reported_as_an_unexpected_end(typed, scratch):
     scratch.path.write_text(scratch.path.read_text().rstrip()[:-1])
     assert "unexpected end of file" in typed("check")[2]
 
@@ -425,7 +427,7 @@ def test_a_file_that_ends_early_says_so(typed, scratch):
     (["-c", "missing.json", "check"], "missing.json init"),
     (["history"], "mission -c FILE history"),
     (["new", "mail"], "tasks/mail/run")])
-def test_a_typical_slip_on_the_command_line_has_a_hint(words, hint, typed):
+def test_typical_mistake_on_the_command_line_gets_a_hint(words, hint, typed):
     status, out, err = typed(*words)
     assert status and out == ""
     assert err.startswith("mission: error: ")
@@ -435,8 +437,8 @@ def test_a_typical_slip_on_the_command_line_has_a_hint(words, hint, typed):
 # --- init and new ---------------------------------------------------------
 
 
-def test_init_writes_the_sample_for_its_owner_alone(typed, scratch,
-                                                    monkeypatch):
+def test_init_writes_a_sample_that_only_its_owner_can_read(
+        typed, scratch, monkeypatch):
     os.unlink("mission.config.json")
     monkeypatch.setattr(mission, "sample_user",
                         lambda: mission.account_of("nobody"))
@@ -447,7 +449,7 @@ def test_init_writes_the_sample_for_its_owner_alone(typed, scratch,
     assert support.mode(scratch.path) == 0o600
 
 
-def test_init_replaces_nothing(typed, scratch):
+def test_init_does_not_replace_a_file(typed, scratch):
     before = scratch.path.read_text()
     status, out, err = typed("init")
     assert status == 1 and out == "" and "already exists" in err
@@ -474,7 +476,7 @@ def test_new_creates_a_task_that_fails_until_it_is_edited(typed, scratch):
                           stdout=subprocess.DEVNULL).returncode == 1
 
 
-def test_new_replaces_nothing(typed, scratch):
+def test_new_does_not_replace_a_file(typed, scratch):
     run = scratch.tasks / "mail" / "run"
     before = run.read_text()
     status, _, err = typed("new", "mail")
@@ -547,7 +549,8 @@ def test_unit_has_absolute_paths_in_which_systemd_expands_nothing(
 
 
 @pytest.mark.parametrize("uid", uids())
-def test_first_lines_of_a_unit_say_where_it_belongs(uid, units, tmp_path):
+def test_first_lines_of_a_unit_are_the_commands_that_install_it(
+        uid, units, tmp_path):
     user = "" if uid == 0 else " --user"
     folder = "~/.config/systemd/user" if uid else "/etc/systemd/system"
     config = f"{tmp_path}/plain/home.json"
@@ -607,7 +610,7 @@ def test_history_shows_start_duration_and_result_of_each_run(typed, past):
     assert re.search("^offsite +[\u2581-\u2588]  1m0s$", out, re.M)
 
 
-def test_topic_status_explains_each_result(typed):
+def test_topic_status_describes_each_result(typed):
     out = typed("help", "status")[1]
     results = {"running", "lost"} | {mission.result_of(problems, stopped)
                                      for problems, stopped in (
@@ -637,7 +640,7 @@ def test_log_prints_a_saved_log_without_its_escapes(
     assert typed("log", *word) == (0, f"log {number}\n\\x1b[2Jevil\n", "")
 
 
-def test_log_of_a_run_that_saved_none_says_so(typed, past, scratch):
+def test_log_of_a_run_without_a_saved_log_is_an_error(typed, past, scratch):
     status, out, err = typed("log", "ff")
     assert status == 1 and out == "" and 'no saved log of run "ff"' in err
     os.unlink(scratch.logs / "2026-03-03-02-00-00.txt")
@@ -645,7 +648,7 @@ def test_log_of_a_run_that_saved_none_says_so(typed, past, scratch):
     assert status == 1 and out == "" and "2026-03-03-02-00-00.txt: " in err
 
 
-def test_log_prints_what_could_be_read_when_the_rest_does_not_answer(
+def test_log_prints_the_part_that_could_be_read_before_a_hang(
         typed, past, scratch, monkeypatch):
     def hang(send, path: str) -> None:
         send("first\n")
@@ -659,7 +662,8 @@ def test_log_prints_what_could_be_read_when_the_rest_does_not_answer(
 
 
 @pytest.mark.parametrize("plant", ["link", "fifo", "folder"])
-def test_log_reads_a_log_and_nothing_else(plant, typed, past, scratch):
+def test_log_refuses_a_path_that_is_not_a_regular_file(
+        plant, typed, past, scratch):
     path = scratch.logs / "2026-03-03-02-00-00.txt"
     path.unlink()
     if plant == "link":
@@ -675,7 +679,7 @@ def test_log_reads_a_log_and_nothing_else(plant, typed, past, scratch):
 # --- the parts agree ------------------------------------------------------
 
 
-def test_each_command_has_a_function_that_takes_its_words():
+def test_every_command_has_a_function_that_accepts_its_arguments():
     for name, command in mission.COMMANDS.items():
         words = list(inspect.signature(command.handler).parameters.values())
         arguments = command.arguments.split()
@@ -707,7 +711,7 @@ def test_a_completion_is_a_script_of_its_shell(shell, syntax, typed,
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_the_bash_completion_completes(typed, tmp_path):
+def test_bash_completes_commands_options_and_tasks(typed, tmp_path):
     support.need("bash")
     script = tmp_path / "completion"
     script.write_text(typed("completion", "bash")[1])
@@ -724,15 +728,15 @@ def test_the_bash_completion_completes(typed, tmp_path):
     ({"NO_COLOR": "1"}, True, [], False), ({"NO_COLOR": ""}, True, [], True),
     ({}, True, ["--no-color"], False),
 ])
-def test_colour_is_for_terminals_alone(environ, terminal, words, coloured,
-                                       typed, monkeypatch, capsys):
+def test_colour_is_used_only_on_a_terminal(
+        environ, terminal, words, coloured, typed, monkeypatch, capsys):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(mission.sys.stdout, "isatty", lambda: terminal)
     assert ("\x1b[" in typed("list", "-v", *words)[1]) is coloured
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(scratch):
+def test_closed_pipe_is_not_an_error(scratch):
     """mission list | head"""
     for number in range(3000):
         scratch.entry(f"t{number}", "exec", name="x" * 50)

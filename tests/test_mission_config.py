@@ -73,7 +73,7 @@ class FakeHost:
 
 
 @pytest.mark.parametrize("name", ["home_of", "facts"])
-def test_the_fake_has_the_signatures_of_the_real_host(name):
+def test_fake_host_has_the_signatures_of_the_real_one(name):
     fake, real = (inspect.signature(getattr(kind, name))
                   for kind in (FakeHost, mission.HostInspector))
     assert list(fake.parameters) == list(real.parameters)
@@ -366,7 +366,7 @@ HOST_MISTAKES = [     # what the host says, where, the message
 
 
 @pytest.mark.parametrize("says, where, message", HOST_MISTAKES, ids=name_of)
-def test_what_the_host_lacks_is_reported_where_it_is_named(
+def test_missing_part_of_the_host_is_reported_at_its_place_in_the_file(
         says, where, message, check):
     before = BASE[:BASE.index(where)]
     place = (f"m.json:{before.count(chr(10)) + 1}:"
@@ -403,14 +403,14 @@ def test_programs_of_disabled_features_may_be_missing(check):
         '{"enabled": false}, "mail":'), programs={}) == []
 
 
-def test_a_configuration_that_only_root_may_change_says_so(check):
+def test_writable_configuration_is_refused_with_trust_root(check):
     text = BASE.replace('"mail":', '"trust": "root", "mail":')
     assert check(text, writer="m.json belongs to anon") == [
         "m.json:1:1: m.json belongs to anon (expected that only root and "
         "nobody else can write the file and its directories)"]
 
 
-def test_an_invalid_script_of_a_builtin_is_an_error_too(check):
+def test_invalid_script_of_a_builtin_is_an_error(check):
     text = BASE.replace('"photos", "type": "exec"',
                         '"photos", "type": "builtin"')
     assert check(text) == []
@@ -465,13 +465,13 @@ def test_errors_of_an_almost_empty_configuration_name_what_is_missing(text,
     assert check(text)
 
 
-def test_a_byte_order_mark_is_named(check):
+def test_byte_order_mark_is_reported(check):
     assert check("\ufeff" + BASE) == [
         "m.json:1:1: the file begins with a byte order mark "
         "(expected UTF-8 without one)"]
 
 
-def test_a_message_is_one_line_whatever_it_quotes(check):
+def test_message_is_one_line_for_any_quoted_text(check):
     text = BASE.replace('"slug": "photos"', r'"slug": "a\nm.json:1:1: \u001b['
                         r'2J \u202e"').replace('"/b/sync"', r'"/b/\nx"')
     lines = check(text, storage_errors={"sync": "does not exist"})
@@ -518,7 +518,7 @@ def test_a_file_that_is_not_utf8_is_an_error(data, words, tmp_path, capsys,
     lambda config: config.update(metrics={"textfile": "/tmp/\0.prom"}),
 ], ids=["entrypoint", "storage", "chown", "passBin", "caFile", "user",
         "textfile"])
-def test_a_nul_in_a_path_is_an_error_and_not_a_crash(change, scratch, capsys):
+def test_nul_in_a_path_is_an_error(change, scratch, capsys):
     change(scratch.config)
     scratch.write()
     assert mission.main(["-c", str(scratch.path), "check"]) == \
@@ -569,7 +569,7 @@ def test_a_configuration_of_the_original_is_read(read, tmp_path):
     assert mission.address_of(config.user.email[0]) == "anon@example.com"
 
 
-def test_the_defaults_are_the_originals_behaviour(read):
+def test_defaults_keep_the_behaviour_of_the_original(read):
     config = read(ORIGINAL.replace('"mail": {', '"logs": {}, "mail": {'))
     task, ping, mail = config.tasks[0], config.ping, config.mail
     assert (task.retry_delay, config.notify.enabled, mail.enabled) == (
@@ -605,7 +605,7 @@ def test_paths_are_made_absolute(read, tmp_path):
     ("/", "/"), ("/a/", "/a"), ("/../a", "/a"),
     ("$HOME", "/etc/mission/$HOME"), ("//etc/.", "/etc"),
 ])
-def test_a_path_is_resolved(written, path):
+def test_path_is_resolved_against_home_and_configuration(written, path):
     text = BASE.replace('"/b/sync"', json.dumps(written))
     reader = mission.ConfigReader(text, "/etc/mission/m.json")
     config = mission.resolved(reader.config(), HOMES.get, reader.diagnostics)
@@ -670,7 +670,7 @@ def dumped(text: str, path: str) -> dict:
 
 @pytest.mark.parametrize("text", [BASE, FULL, ORIGINAL, mission.SAMPLE],
                          ids=["base", "full", "original", "sample"])
-def test_a_dump_dumps_the_same(text):
+def test_dump_of_a_parsed_dump_is_the_same(text):
     first = dumped(text, "/etc/mission/m.json")
     again = dumped(json.dumps(first), "/elsewhere/n.json")
     assert again == first
@@ -696,7 +696,7 @@ def test_a_dump_contains_every_value():
     assert found["logs"] == {"keep": 7, "max": "3G"}
 
 
-def test_the_command_dump_prints_it(read, capsys, monkeypatch):
+def test_command_dump_prints_the_configuration(read, capsys, monkeypatch):
     monkeypatch.setattr(mission, "HostInspector", FakeHost)
     read(ORIGINAL)
     assert mission.main(["dump", "-c", "m.json"]) == 0
@@ -715,7 +715,7 @@ def test_the_command_dump_prints_it(read, capsys, monkeypatch):
     ("5 G", None), ("5g", None), ("5GiB", None), ("5P", None),
     ("\u0665G", None), ("9" * 20, None), ("1e3", None), ("5G\n", None),
 ])
-def test_a_size_is_read_or_refused(text, size):
+def test_size_is_parsed_or_refused(text, size):
     assert mission.parse_size(text) == size
     if size is not None:
         assert mission.parse_size(mission.format_size(size)) == size
@@ -773,15 +773,16 @@ RULE_LINE = "set -euo pipefail\n"
     ("#!\necho\n", ":1: "), ("#!   \necho\n", ":1: "),
     ("#!/usr/bin/env\necho\n", ":1: "),
 ])
-def test_the_rule_for_scripts(head, mistake, check):
+def test_bash_script_without_errexit_nounset_and_pipefail_is_refused(
+        head, mistake, check):
     lines = check(BASE, mail={"head": head})
     assert len(lines) == bool(mistake)
     if mistake:
         assert f"tasks[0].slug: /b/tasks/mail/run{mistake}" in lines[0]
 
 
-def test_check_notes_that_all_backups_will_belong_to_root(tmp_path, capsys,
-                                                          monkeypatch):
+def test_check_notes_that_root_will_own_all_backups(
+        tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mission, "HostInspector", FakeHost)
     (tmp_path / "m.json").write_text(BASE.replace('"anon"', '"root"'))
@@ -866,7 +867,7 @@ def places(value, path=()):
         yield from places(value[key], path + (key,))
 
 
-def test_no_value_in_any_place_makes_it_crash():
+def test_invalid_value_in_any_place_causes_no_exception():
     """Each place of a full configuration, each odd value: checked, printed
     and dumped without an exception."""
     dice = random.Random(7)

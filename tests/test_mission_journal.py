@@ -66,12 +66,12 @@ def history_file(journal, data: bytes | None = None) -> bytes:
 # --- the history ----------------------------------------------------------
 
 
-def test_there_is_no_history_before_the_first_run(journal):
+def test_history_is_empty_before_the_first_run(journal):
     assert journal.history() == [] and journal.lost() == []
     assert journal.expected() == {} and journal.queued_mails() == []
 
 
-def test_runs_are_remembered_in_order_one_to_a_line(journal):
+def test_runs_are_stored_in_order_one_per_line(journal):
     for name in "abc":
         journal.add_to_history(record(name, text="caf\u00e9\n"))
     assert ids(journal.history()) == ["a", "b", "c"]
@@ -90,14 +90,14 @@ GOOD = b'{"id": "a"}\n'
     (b"\0" * 512 + b"\n" + GOOD, ["a"]), (GOOD + b"null\n5\n[]\n{}\n", ["a"]),
     (GOOD + b"\xff\xfe\n", ["a"]), (GOOD + b"9" * 5000 + b"\n", ["a"]),
 ], ids=lambda value: repr(value)[:40])
-def test_a_line_that_a_crash_tore_is_passed_over(data, found, journal):
+def test_incomplete_line_in_the_history_is_skipped(data, found, journal):
     history_file(journal, data)
     assert ids(journal.history()) == found
     journal.add_to_history(record("next"))
     assert ids(journal.history()) == [*found, "next"]
 
 
-def test_no_byte_of_a_torn_history_can_hide_the_next_run(journal):
+def test_next_run_is_read_after_an_incomplete_line_of_any_length(journal):
     whole = json.dumps(record("a")).encode() + b"\n"
     for end in range(len(whole) + 1):
         history_file(journal, whole[:end])
@@ -116,7 +116,7 @@ def test_history_of_an_earlier_version_is_read(journal):
         "undelivered", "failed"]
 
 
-def test_a_recorded_run_is_on_the_disk(journal, monkeypatch):
+def test_recorded_run_is_synced_to_disk(journal, monkeypatch):
     synced = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (
@@ -125,8 +125,7 @@ def test_a_recorded_run_is_on_the_disk(journal, monkeypatch):
     assert len(history_file(journal)) in synced
 
 
-def test_a_history_that_has_grown_too_long_loses_its_older_half(
-        journal, monkeypatch):
+def test_history_that_is_too_long_loses_its_older_half(journal, monkeypatch):
     monkeypatch.setattr(mission, "HISTORY_LIMIT", 5000)
     for number in range(200):
         journal.add_to_history(record(str(number)))
@@ -137,7 +136,7 @@ def test_a_history_that_has_grown_too_long_loses_its_older_half(
     assert len(history_file(journal)) < 5500
 
 
-def test_a_planted_link_is_not_written_through(journal, tmp_path):
+def test_planted_symbolic_link_is_not_followed_by_a_write(journal, tmp_path):
     victim = tmp_path / "victim"
     os.symlink(victim, os.path.join(journal.directory, "history.jsonl"))
     with pytest.raises(OSError):
@@ -145,7 +144,7 @@ def test_a_planted_link_is_not_written_through(journal, tmp_path):
     assert not victim.exists()
 
 
-def test_the_usual_duration_is_the_median_of_the_last_ten_good_ones(journal):
+def test_usual_duration_is_the_median_of_the_last_ten_successful_runs(journal):
     for place, seconds in enumerate([99] * 5 + [*range(1, 11)]):
         journal.add_to_history(record(f"run{place}", tasks=[
             {"slug": "mail", "outcome": "ok", "seconds": seconds},
@@ -165,7 +164,7 @@ def test_a_run_that_finished_is_not_lost(journal):
     assert journal.read_current()["phase"] == mission.FINISHED
 
 
-def test_run_with_no_room_for_a_file_takes_that_of_the_last_run(
+def test_run_on_a_full_disk_overwrites_the_record_of_the_last_run(
         journal, monkeypatch):
     journal.write_current(run("a"))
     journal.finish(record("a"))
@@ -185,7 +184,8 @@ def test_run_with_no_room_for_a_file_takes_that_of_the_last_run(
         ("a", "ok"), ("b", "undelivered")]
 
 
-def test_end_of_a_run_counts_that_the_history_had_no_room_for(journal):
+def test_result_missing_in_the_history_is_taken_from_the_current_record(
+        journal):
     journal.write_current(run("a"))
     journal.add_to_history(record("a", "ok"))
     journal.update(phase=mission.FINISHED, result="undelivered")
@@ -201,13 +201,13 @@ def test_a_run_that_was_killed_is_lost_with_its_last_task(journal):
         ("a", "mail")]
 
 
-def test_run_that_was_killed_after_its_end_is_not_lost(journal):
+def test_run_killed_after_its_end_is_not_lost(journal):
     journal.write_current(run("a"))
     journal.update(phase=mission.FINISHED)
     assert journal.lost() == []
 
 
-def test_run_that_was_killed_while_it_mailed_is_lost(journal):
+def test_run_killed_during_its_mail_is_lost(journal):
     journal.write_current(run("a"))
     journal.add_to_history(record("a"))
     journal.update(phase="mail_finish")
@@ -237,7 +237,7 @@ def test_consecutive_lost_runs_are_all_reported(journal):
     "", "null", "[]", "5", '"x"', "{}", '{"id": "a"}', '{"id": "a", "star',
     "\0" * 100, '{"started": 1}', "\ufeff{}", "9" * 5000,
 ], ids=lambda text: repr(text)[:20])
-def test_a_current_file_that_a_crash_tore_is_a_lost_run(text, journal):
+def test_incomplete_record_of_a_run_is_a_lost_run(text, journal):
     with open(os.path.join(journal.directory, "current.json"), "w") as file:
         file.write(text)
     assert len(journal.lost()) == 1
@@ -300,7 +300,7 @@ def test_a_second_run_reports_who_holds_the_lock(journal):
     os.close(journal.held)
 
 
-def test_wait_waits_for_the_end_of_the_other_run(journal):
+def test_option_wait_waits_for_the_end_of_the_other_run(journal):
     journal.clock = mission.Clock()
     with support.stopping(other_run(journal)) as process:
         began = time.monotonic()
@@ -312,7 +312,7 @@ def test_wait_waits_for_the_end_of_the_other_run(journal):
         os.close(journal.held)
 
 
-def test_a_lock_without_a_run_says_that_the_run_started_just_now(journal):
+def test_lock_without_a_record_is_reported_as_a_run_started_just_now(journal):
     held = mission.try_lock(journal.path("lock"))
     with pytest.raises(mission.Error, match="started just now"):
         journal.acquire(0)
@@ -335,7 +335,7 @@ def test_the_state_directory_is_accessible_to_its_owner_only(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["mode", "link", "file", "owner"])
-def test_a_folder_that_others_can_write_is_refused(spoil, tmp_path):
+def test_state_directory_that_others_can_write_is_refused(spoil, tmp_path):
     folder = tmp_path / "state"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -356,7 +356,7 @@ def test_a_folder_that_others_can_write_is_refused(spoil, tmp_path):
     assert os.listdir(elsewhere) == []
 
 
-def test_one_folder_per_configuration(tmp_path):
+def test_each_configuration_has_its_own_state_directory(tmp_path):
     names = set()
     for name in ("a/m.json", "b/m.json", "a/m.config.json", "a/.json",
                  "a/\u00e9 \n.json", "a/" + "x" * 200):
@@ -394,7 +394,7 @@ def test_the_state_directory_follows_user_and_variables(
 # --- mails that wait ------------------------------------------------------
 
 
-def test_mails_wait_in_the_order_of_their_runs(journal):
+def test_queued_mails_are_in_the_order_of_their_runs(journal):
     for number, name in enumerate(("b", "a", "c")):
         journal.queue_mail(name, name.encode())
         path = journal.path("outbox", name + ".eml")
@@ -405,7 +405,7 @@ def test_mails_wait_in_the_order_of_their_runs(journal):
     assert support.mode(journal.path("outbox")) == 0o700
 
 
-def test_the_outbox_keeps_the_newest_fifty(journal):
+def test_outbox_keeps_the_newest_fifty_mails(journal):
     for number in range(mission.OUTBOX_LIMIT + 5):
         journal.queue_mail(f"{number:03}", b"x")
         os.utime(journal.path("outbox", f"{number:03}.eml"),
@@ -415,7 +415,7 @@ def test_the_outbox_keeps_the_newest_fifty(journal):
     assert names[0] == "005.eml" and names[-1] == "054.eml"
 
 
-def test_a_mail_that_was_not_written_whole_is_none(journal):
+def test_incomplete_mail_is_not_in_the_outbox(journal):
     journal.queue_mail("a", b"x")
     with open(journal.path("outbox", "b.eml.new"), "w") as file:
         file.write("half a ma")
@@ -436,7 +436,7 @@ def test_a_mail_that_was_not_written_whole_is_none(journal):
     ("20260329-02-00-00-00-00.txt", False),
     ("1-2-3-4-5-6000000000000.txt", False),
 ])
-def test_which_files_are_logs_of_runs(name, ours):
+def test_only_files_with_the_name_of_a_run_log_are_run_logs(name, ours):
     assert bool(re.fullmatch(mission.LOG_FILE, name)) is ours
 
 
@@ -446,7 +446,7 @@ def log_of(folder, at: float = 1774747800.0):
     return log
 
 
-def test_a_log_is_a_new_file_that_only_the_runner_reads(tmp_path):
+def test_run_log_is_a_new_file_that_only_the_runner_can_read(tmp_path):
     first, second = log_of(tmp_path), log_of(tmp_path)
     name = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(1774747800))
     assert os.path.basename(first.path) == f"{name}.txt"
@@ -457,7 +457,7 @@ def test_a_log_is_a_new_file_that_only_the_runner_reads(tmp_path):
         assert file.read() == b"caf\xc3\xa9 \\udcff\n"
 
 
-def test_a_name_that_was_planted_is_passed_over(tmp_path):
+def test_planted_file_at_the_name_of_the_log_is_skipped(tmp_path):
     name = time.strftime("%Y-%m-%d-%H-%M-%S", time.localtime(1774747800))
     (tmp_path / f"{name}.txt").symlink_to(tmp_path / "victim")
     os.mkfifo(tmp_path / f"{name}-2.txt")
@@ -471,7 +471,7 @@ def prune(folder, current: str, keep: int) -> None:
     os.close(writer.directory)
 
 
-def test_prune_removes_the_oldest_logs_and_nothing_else(tmp_path):
+def test_prune_removes_only_the_oldest_logs(tmp_path):
     logs = ["2030-01-01-00-00-00.txt", "2026-01-01-00-00-00.txt",
             "2026-01-01-00-00-00-2.txt", "2025-01-01-00-00-00.txt"]
     others = ["notes.txt", "2024-01-01-00-00-00.log", "2020.txt"]
@@ -491,8 +491,7 @@ def test_prune_removes_the_oldest_logs_and_nothing_else(tmp_path):
     assert "2020-01-01-00-00-01.txt" in left
 
 
-def test_prune_keeps_the_log_of_this_run_though_its_clock_was_set_back(
-        tmp_path):
+def test_prune_keeps_the_current_log_after_the_clock_was_set_back(tmp_path):
     names = ["2030-01-01-02-00-00.txt", "2030-01-02-02-00-00.txt",
              "2026-01-01-02-00-00.txt"]
     for name in names:
@@ -503,7 +502,7 @@ def test_prune_keeps_the_log_of_this_run_though_its_clock_was_set_back(
     assert sorted(os.listdir(tmp_path)) == sorted(names[1:])
 
 
-def test_logs_on_a_full_disk_go_to_stderr_up_to_a_limit(
+def test_log_on_a_full_disk_is_printed_to_stderr_up_to_a_limit(
         tmp_path, monkeypatch, capfd):
     log, clock = log_of(tmp_path), FakeClock()
     log.clock = clock
@@ -560,7 +559,7 @@ def test_lock_is_in_the_home_of_the_account_if_there_is_one(
 # --- metrics --------------------------------------------------------------
 
 
-def test_the_writer_of_metrics_gets_no_signal_that_came_before(
+def test_earlier_signal_does_not_stop_the_writer_of_metrics(
         tmp_path, monkeypatch):
     """SIGTERM stopped the run; the child that writes must not end of it."""
     gate, path = tmp_path / "gate", tmp_path / "mission.prom"

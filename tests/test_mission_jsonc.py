@@ -103,7 +103,7 @@ def test_json_with_comments_and_trailing_commas_is_read(text, value):
     ("[1]@\x00", "expected the end of the file"), ("@/", 'a value, found "/"'),
     ("{}@#", "the end of the file"), ("{}@\u00a0", "the end of the file"),
 ], ids=short)
-def test_an_error_has_its_place_and_what_was_expected(text, words):
+def test_error_has_its_position_and_the_expected_token(text, words):
     mistake = refused(text.replace("@", "", 1))
     assert words in mistake.why
     assert mistake.hint or re.match("expected|unexpected end", mistake.why)
@@ -111,7 +111,7 @@ def test_an_error_has_its_place_and_what_was_expected(text, words):
         assert mistake.at == text.index("@")
 
 
-def test_a_string_whose_end_is_escaped_ends_within_the_text():
+def test_string_ending_in_a_backslash_is_an_error_within_the_text():
     """A backslash as the last character must not lead out of the text."""
     for text in ('"\\', '{"a\\', '["\\\\\\', '{"a": "b\\\n'):
         assert refused(text).at < len(text)
@@ -123,17 +123,17 @@ def test_a_string_whose_end_is_escaped_ends_within_the_text():
     "/*" * 100_000, "//" * 100_000, "[" + "," * 100_000,
     '{"a":1' * 10_000, "1e" + "9" * 100_000,
 ], ids=short)
-def test_a_bomb_is_refused_at_once(bomb):
+def test_deeply_nested_document_is_refused_quickly(bomb):
     began = time.process_time()
     refused(bomb)
     assert time.process_time() - began < 1
 
 
-def test_fifty_levels_are_deep_enough():
+def test_fifty_levels_of_nesting_are_accepted():
     assert read("[" * 50 + "]" * 50)
 
 
-def test_a_long_document_takes_time_in_proportion():
+def test_parsing_time_grows_linearly_with_the_document():
     """Comments, blanks and strings are skipped, not copied again and again."""
     text = "[" + '"a // b", /* c */ 1,  // d\n' * 30_000 + "]"
     began = time.process_time()
@@ -144,7 +144,7 @@ def test_a_long_document_takes_time_in_proportion():
 # --- places ---------------------------------------------------------------
 
 
-def test_the_position_of_every_value_and_key_is_right():
+def test_every_key_and_value_has_its_position():
     text = """// a comment "with" : quotes
 { /* { */ "a": [10, {"b": "x"}, ], // }
   "c": {"d": null,}, "e": -5 }"""
@@ -191,7 +191,7 @@ def some_text(dice: random.Random) -> str:
                    for _ in range(dice.randrange(8)))
 
 
-def test_documents_without_comments_read_as_json_reads_them():
+def test_document_without_comments_is_parsed_as_by_json():
     dice = random.Random(1)
     for _ in range(500):
         value = some_json(dice)
@@ -200,7 +200,7 @@ def test_documents_without_comments_read_as_json_reads_them():
         assert read(text) == json.loads(text)
 
 
-def test_a_bare_word_is_a_value_exactly_when_it_is_one_in_json():
+def test_bare_word_is_a_value_only_if_it_is_one_in_json():
     letters = "019.-+eE"
     for size in range(1, 6):
         for word in map("".join, itertools.product(letters, repeat=size)):
@@ -217,7 +217,7 @@ def test_a_bare_word_is_a_value_exactly_when_it_is_one_in_json():
             assert found == wanted, word
 
 
-def test_no_mutation_of_the_sample_is_worse_than_unreadable():
+def test_mutated_sample_is_parsed_or_refused_with_a_position():
     dice = random.Random(2026)
     for number in range(5000):
         text = mutated(mission.SAMPLE, dice)

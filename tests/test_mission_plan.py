@@ -42,7 +42,7 @@ ALL = {"ping": {"enabled": True, "endpoint": "https://x", "start": True},
        "notify": {"enabled": True}, "mail": {"enabled": True}}
 
 
-def test_a_headless_run_has_every_step_in_the_order_of_the_contract():
+def test_headless_run_has_every_step_in_the_documented_order():
     plan = mission.plan(config(task("a"), task("z", post=True), task("b"),
                                storage=["sync"], **ALL), [], True)
     assert words(plan) == [
@@ -58,7 +58,7 @@ def test_a_run_by_hand_neither_mails_nor_pings():
                            "notify_finish", "summary", "keep_records"]
 
 
-def test_quiet_takes_the_notifications_away_and_nothing_else():
+def test_option_quiet_removes_only_the_notifications():
     plan = words(mission.plan(config(task("a"), **ALL), [], True, True))
     loud = words(mission.plan(config(task("a"), **ALL), [], True))
     assert plan == [word for word in loud if not word.startswith("notify")]
@@ -71,7 +71,7 @@ def test_quiet_takes_the_notifications_away_and_nothing_else():
     ({"on": "never"}, set(), {"mail_start", "mail_finish"}),
     ({"enabled": False}, set(), {"outbox", "mail_start", "mail_finish"}),
 ])
-def test_mail_is_planned_as_mail_on_says(mail, there, gone):
+def test_mail_is_planned_according_to_mail_on(mail, there, gone):
     plan = words(mission.plan(config(
         task("a"), mail={"enabled": True, **mail}), [], True))
     assert there <= set(plan) and not gone & set(plan)
@@ -104,8 +104,7 @@ TASKS = config(task("a"), task("b", scheduled=False), task("c"))
     ([], ["a", "c"]), (["b"], ["b"]), (["c", "a"], ["c", "a"]),
     (["a", "b", "a"], ["a", "b"]),
 ])
-def test_the_scheduled_tasks_run_or_those_of_t_in_their_order(
-        asked, found):
+def test_scheduled_tasks_or_those_of_option_t_run_in_order(asked, found):
     assert slugs(mission.select_tasks(TASKS, asked)) == found
 
 
@@ -144,7 +143,7 @@ def test_needed_tasks_come_before_the_task(needs, found):
 @pytest.mark.parametrize("asked, found", [
     ([], "nmb"), (["b"], "nmb"), (["a"], "a"), (["a", "b"], "anmb"),
     (["b", "n"], "nmb")])
-def test_needed_task_is_pulled_in_though_it_is_not_scheduled(asked, found):
+def test_needed_task_is_run_even_if_it_is_not_scheduled(asked, found):
     tasks = config(
         task("n", scheduled=False), task("m", scheduled=False, needs=["n"]),
         task("a", scheduled=False), task("b", needs=["m"]))
@@ -169,7 +168,7 @@ def test_a_long_chain_of_needs_is_planned():
     (["g", "g", "g"], {"b": "a"}, ["a", "b+c"]),
     (["g", "g", "g"], {"c": "a"}, ["a+b", "c"]),
 ])
-def test_neighbours_of_a_group_run_side_by_side(groups, needs, found):
+def test_adjacent_tasks_of_a_group_run_in_parallel(groups, needs, found):
     plan = mission.plan(config(*(
         task(slug, parallel=group, needs=[*needs.get(slug, "")])
         for slug, group in zip("abc", groups))), [], False)
@@ -198,7 +197,7 @@ def test_task_is_blocked_by_a_needed_task_that_did_not_succeed(outcomes,
 # --- --dry-run ------------------------------------------------------------
 
 
-def test_every_step_has_words_and_a_method_that_carries_it_out():
+def test_every_step_has_a_description_and_a_method():
     found = config(task("a", parallel="g"), task("b", parallel="g"),
                    {"slug": "c", "type": "builtin"}, task("z", post=True),
                    storage=["sync"], **ALL)

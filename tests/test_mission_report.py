@@ -91,7 +91,7 @@ def test_bytes_become_lines_that_are_safe_to_show(data, lines):
 
 
 @each_output
-def test_where_the_chunks_end_makes_no_difference(data, lines):
+def test_lines_do_not_depend_on_where_the_chunks_end(data, lines):
     for cut in range(len(data) + 1):
         assert Decoded().of(data[:cut], data[cut:]).shown == lines, cut
     bytewise = [data[at:at + 1] for at in range(len(data))]
@@ -99,7 +99,7 @@ def test_where_the_chunks_end_makes_no_difference(data, lines):
 
 
 @each_output
-def test_a_silence_anywhere_changes_nothing_that_filters_see(data, lines):
+def test_filtered_lines_do_not_depend_on_pauses_in_the_output(data, lines):
     for cut in range(len(data) + 1):
         output = Decoded().of(data[:cut], None, data[cut:])
         # An empty line has nothing to filter if it was shown already.
@@ -119,7 +119,7 @@ def test_random_chunks_of_random_bytes_give_the_same_lines():
         assert "".join(Decoded().of(data).shown).isprintable()
 
 
-def test_a_prompt_is_shown_after_a_silence_and_filtered_when_complete():
+def test_prompt_is_shown_after_a_pause_and_filtered_when_complete():
     output = Decoded()
     output.decoder.take(b"Password: ")
     assert output.decoder.waiting and output.shown == []
@@ -137,7 +137,7 @@ def test_a_prompt_that_grows_is_shown_piece_by_piece():
     assert output.filtered == ["abc", "d"]
 
 
-def test_with_redactions_only_complete_lines_are_shown():
+def test_incomplete_line_is_not_shown_when_redactions_are_set():
     output = Decoded(redact=["secret"])
     output.decoder.take(b"sec")
     output.decoder.silence()
@@ -156,7 +156,7 @@ def short_lines(monkeypatch):
     monkeypatch.setattr(mission, "LONGEST_LINE", 16)
 
 
-def test_a_long_line_is_cut_with_marks_and_nothing_is_lost(short_lines):
+def test_long_line_is_split_with_marks_and_nothing_is_lost(short_lines):
     output = Decoded().of(b"before\n", b"x" * 20, b"y" * 20, b"z\nafter\n")
     pieces = output.shown[1:-1]
     assert all(piece.endswith(GOES_ON) for piece in pieces[:-1])
@@ -185,13 +185,13 @@ def test_a_long_line_is_withheld_when_it_cannot_be_redacted(short_lines):
     ((b"x" * 17, b"\r\nnext line\n", b"last line"),
      ["next line", "last line"]),
 ])
-def test_the_lines_after_a_long_one_are_whole(chunks, lines, short_lines):
+def test_lines_after_a_long_line_are_complete(chunks, lines, short_lines):
     output = Decoded().of(*chunks)
     assert output.shown[-2:] == lines
     assert output.filtered[-2:] == lines
 
 
-def test_what_a_prompt_showed_is_not_shown_again(short_lines):
+def test_text_shown_as_a_prompt_is_not_shown_again(short_lines):
     output = Decoded().of(b"prompt", None, b"x" * 30, b"\n")
     shown = "".join(output.shown).replace(GOES_ON, "")
     assert shown == "prompt" + "x" * 30
@@ -261,7 +261,7 @@ def test_a_redacted_match_becomes_three_stars(redact, values, text, found):
     assert one.redacts and one.redacted(text) == found
 
 
-def test_nothing_is_redacted_and_everything_wanted_without_patterns():
+def test_filter_without_patterns_redacts_and_drops_nothing():
     one = log_filter()
     assert not one.redacts
     assert one.redacted("a\nb") == "a\nb" and one.keep_lines("a\nb") == []
@@ -272,7 +272,7 @@ def test_nothing_is_redacted_and_everything_wanted_without_patterns():
     (["a", "b"], "a\nb\nc", [False, False, True]),
     (["^$"], "\nx\n", [False, True, False]), (["zz1$"], "x zz1", [False]),
 ])
-def test_filters_match_the_bare_line(filters, text, results):
+def test_filters_match_the_line_without_its_prefix(filters, text, results):
     assert log_filter(filters=filters).keep_lines(text) == results
 
 
@@ -316,7 +316,7 @@ def test_a_line_dropped_by_one_filter_is_dropped_though_another_is_slow():
     assert one.keep_lines("aaa!") == [False]
 
 
-def test_a_pattern_gets_only_so_much_time_in_a_run():
+def test_time_of_a_pattern_in_one_run_is_limited():
     """Ten seconds for all its slow lines; then they are withheld unread."""
     limit = Slow("a", "a")
     one = log_filter(redact=["(a+)+$"], limit=limit)
@@ -333,7 +333,7 @@ def test_a_slow_redaction_withholds_nothing_when_nothing_is_slow():
     assert log_filter(redact=["q"], limit=limit).redacted("quick") == "***uick"
 
 
-def test_a_block_without_a_match_is_searched_once_for_each_pattern():
+def test_block_without_a_match_is_searched_once_per_pattern():
     limit = Slow("aaa", "quick")
     one = log_filter(redact=["password="], filters=["^skip", "same$"],
                      limit=limit)
@@ -383,8 +383,7 @@ def test_a_short_text_is_kept_whole():
     [5] * 1000, [1] * 300, [49, 51] * 50, [100_000], [3, 100_000, 3],
     [100_000, 3], [700] * 20, [25, 25, 25, 25],
 ])
-def test_head_and_tail_are_kept_and_the_middle_is_counted(
-        sizes, limit):
+def test_long_text_keeps_its_head_and_tail_and_counts_the_middle(sizes, limit):
     texts = [f"{number % 10}" * (size - 1) + "\n"
              for number, size in enumerate(sizes)]
     whole = "".join(texts)
@@ -402,7 +401,7 @@ def test_head_and_tail_are_kept_and_the_middle_is_counted(
         assert one.text() == whole
 
 
-def test_a_text_of_many_lines_at_once_is_cut_at_their_ends():
+def test_text_added_in_one_piece_is_cut_at_line_ends():
     whole = "".join(f"line {number}\n" for number in range(1000))
     one = excerpt([whole], 200)
     assert "".join(one.head).endswith("\n")
@@ -411,14 +410,14 @@ def test_a_text_of_many_lines_at_once_is_cut_at_their_ends():
 
 
 @pytest.mark.parametrize("limit", [5, 20, 100, 10_000])
-def test_the_end_for_a_ping_is_whole_lines_within_the_limit(limit):
+def test_end_of_the_log_for_a_ping_has_whole_lines_within_the_limit(limit):
     whole = "".join(f"line {number}\n" for number in range(100))
     found = excerpt([whole], 10_000).end(limit)
     assert len(found) <= limit and whole.endswith(found)
     assert found == whole or limit < 8 or found.startswith("line ")
 
 
-def test_an_excerpt_of_a_million_lines_stays_small_and_quick():
+def test_excerpt_of_a_million_lines_takes_little_memory_and_time():
     one, began = mission.Excerpt(2000), time.process_time()
     for number in range(200_000):
         one.add(f"{number}\n")
@@ -429,7 +428,7 @@ def test_an_excerpt_of_a_million_lines_stays_small_and_quick():
 # --- the log in the mail --------------------------------------------------
 
 
-def test_filtered_lines_are_counted_where_they_stood():
+def test_number_of_filtered_lines_is_shown_in_their_place():
     mail_log = mission.MailLog(log_filter(filters=["^drop"]))
     mail_log.own("# Start\n")
     mail_log.output("a\ndrop 1\ndrop 2\nb", "[1s] ")
@@ -443,7 +442,7 @@ def test_filtered_lines_are_counted_where_they_stood():
         "\n<<1 line filtered>>\n\n")
 
 
-def test_missions_own_lines_are_never_filtered():
+def test_lines_of_mission_are_never_filtered():
     mail_log = mission.MailLog(log_filter(filters=["."]))
     mail_log.own("- mail: exit status 1\n")
     assert mail_log.excerpt.text() == "- mail: exit status 1\n"
@@ -457,7 +456,7 @@ def test_a_line_too_slow_for_a_filter_is_withheld_from_the_mail():
     assert mail_log.excerpt.text() == f"> a\n> {withheld}\n"
 
 
-def test_the_log_in_a_mail_is_cut_to_the_limit():
+def test_log_in_a_mail_is_cut_to_the_limit():
     mail_log = mission.MailLog(log_filter())
     for number in range(60_000):
         mail_log.output(f"line {number}", "[1s        ] ")
@@ -474,13 +473,13 @@ def test_every_line_of_a_text_gets_the_prefix():
 # --- the log's look -------------------------------------------------------
 
 
-def test_a_header_is_that_of_the_original():
+def test_log_header_equals_that_of_the_original():
     rule = "# " + "\u2014" * 47
     assert mission.header("Task: Mail") == \
         f"{rule}\n# Task: Mail\n{rule}\n\n"
 
 
-def test_a_title_forges_no_header():
+def test_title_cannot_forge_a_log_header():
     assert mission.header("a\n# Finish").count("\n") == 4
 
 
@@ -497,7 +496,7 @@ def test_elapsed_column_is_twelve_characters_or_wider(elapsed, column):
     (-9, "killed by signal 9 (SIGKILL)"),
     (-15, "killed by signal 15 (SIGTERM)"), (-99, "killed by signal 99"),
 ])
-def test_how_a_process_ended(code, text):
+def test_end_of_a_process_is_described_in_words(code, text):
     assert mission.status_text(code) == text
 
 
@@ -530,7 +529,7 @@ H, D = problem("housekeeping", "warning"), problem("delivery", "error",
     ([E, D], 2, "stopped", 130, "the run was stopped by SIGINT"),
     ([D], 1, "stopped", 129, "the run was stopped by SIGHUP"),
 ])
-def test_problems_decide_result_exit_status_and_message(
+def test_problems_determine_result_exit_status_and_message(
         problems, stopped, result, status, words):
     assert mission.result_of(problems, stopped) == result
     assert mission.exit_status(problems, stopped) == status
@@ -560,12 +559,12 @@ def test_run_duration_has_whole_seconds_from_one_second_on(seconds, text):
     ("b", "a\tb  c\u00a0d", "", "b: a b c d"),
     ("b", "\u2028\u202e\0", "", r"b: \u2028\u202e\x00"),
 ])
-def test_a_subject_is_one_line_and_nothing_but_a_subject(
+def test_subject_is_one_line_without_control_characters(
         host, text, mark, line):
     assert mission.subject(host, text, mark) == line
 
 
-def test_a_subject_has_an_end():
+def test_length_of_a_subject_is_limited():
     assert len(mission.subject("h" * 1000, "t" * 1000, "FAILURE")) <= 200
 
 
@@ -574,7 +573,7 @@ def test_a_subject_has_an_end():
     "=?utf-8?q?=0d=0aBcc:_x?=", "=\u200b?utf-8?q?=0aBcc:_x?=", "x\x0bBcc: x",
     "x\x85Bcc: x", "x\u2028Bcc: x", "x\0y", "=\t?utf-8?q?=0aBcc:_x?=",
 ])
-def test_no_value_becomes_a_header_of_the_mail(evil):
+def test_value_cannot_add_a_mail_header(evil):
     import email
     import email.policy
     message = mission.rfc5322(
@@ -601,7 +600,7 @@ def test_no_value_becomes_a_header_of_the_mail(evil):
      "\u2588"),
     ([1, 1_000_000], "\u2581\u2588"),
 ])
-def test_a_spark_line_has_a_bar_for_each_value(values, bars):
+def test_sparkline_has_one_bar_per_value(values, bars):
     assert mission.sparkline(values) == bars
 
 

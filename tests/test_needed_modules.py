@@ -38,6 +38,6 @@ def test_a_missing_module_and_its_package_are_named(tmp_path, program,
 
 
 @pytest.mark.parametrize("program", FIRST)
-def test_this_python_has_all_needed_modules(program):
+def test_installed_python_has_all_required_modules(program):
     loaded = support.load(program)
     loaded.require_modules(loaded.NEEDED_MODULES)

@@ -194,12 +194,12 @@ def test_each_section_is_introduced_in_two_to_eight_lines(name):
 
 
 @each_file
-def test_no_rule_stands_for_a_marker_that_is_malformed(name):
+def test_every_rule_line_is_part_of_a_section_marker(name):
     assert SOURCES[name].count(RULE) == 2 * len(sections(name))
 
 
 @each_file
-def test_every_class_that_people_meet_says_what_it_is(name):
+def test_every_class_has_a_docstring_or_described_fields(name):
     silent = [node.name for node in TREES[name].body
               if isinstance(node, ast.ClassDef)
               and not ast.get_docstring(node)
@@ -208,7 +208,7 @@ def test_every_class_that_people_meet_says_what_it_is(name):
     assert silent == []
 
 
-def test_how_it_works_names_what_the_program_has():
+def test_essay_names_only_existing_code():
     text = SOURCES["koitab"]
     essay = text[text.index("# HOW IT WORKS"):text.index("from __future__")]
     words = set(re.findall(r"`([A-Za-z_]+)`", essay)) | set(re.findall(
@@ -238,7 +238,7 @@ def touching_names(name: str) -> set[str]:
 
 
 @each_file
-def test_a_section_that_touches_nothing_names_nothing_that_touches(name):
+def test_section_that_touches_nothing_uses_no_module_with_effects(name):
     forbidden = TOUCHING | touching_names(name)
     pure = [part for part in sections(name) if part.touches == "nothing"]
     guilty = []
@@ -298,7 +298,7 @@ def test_the_agents_program_uses_only_names_from_its_own_sections(
 
 
 @each_file
-def test_every_name_is_defined_and_once(name):
+def test_every_name_is_defined_exactly_once(name):
     """Seen without running: a name that nobody defines is found at night."""
     bound = {alias.asname or alias.name.split(".")[0]
              for node in TREES[name].body
@@ -322,7 +322,7 @@ def annotation_words(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("section", ["Common", "Client"])
-def test_section_is_the_same_text_in_both_files(section):
+def test_shared_section_is_the_same_text_in_both_files(section):
     texts = [part.text for name in SOURCES for part in sections(name)
              if part.name == section]
     assert len(texts) == 2
@@ -365,14 +365,14 @@ def test_imports_are_of_the_standard_library(name):
 
 
 @each_file
-def test_imports_are_there_from_3_9_to_3_14(name):
+def test_imported_modules_exist_in_python_3_9_to_3_14(name):
     gone = NOT_IN_3_9 | GONE_BY_3_14 | NOT_EVERYWHERE
     assert [f"{module} at line {line}" for module, line in imported(name)
             if module in gone or module.split(".")[0] in gone] == []
 
 
 @each_file
-def test_no_name_is_used_that_some_python_lacks(name):
+def test_every_used_name_exists_in_all_supported_pythons(name):
     spelled = {f"{leaf.value.id}.{leaf.attr}": leaf.lineno
                for leaf in ast.walk(TREES[name])
                if isinstance(leaf, ast.Attribute)
@@ -445,7 +445,7 @@ def test_no_line_is_wider_than_79_columns(name):
 
 
 @each_file
-def test_no_line_ends_in_blanks_or_holds_a_tab(name):
+def test_no_line_ends_in_blanks_or_contains_a_tab(name):
     assert [row for row, line in enumerate(
         SOURCES[name].split("\n"), start=1)
         if line != line.rstrip() or "\t" in line] == []
@@ -487,7 +487,7 @@ def all_keys(record=None, path: str = "") -> set[str]:
     return found
 
 
-def test_every_key_says_what_it_is_for():
+def test_every_configuration_key_has_a_description():
     records = [mission.Config] + [
         kind.record for record in (mission.Config, mission.Mail)
         for kind, _, _ in record.keys.values() if kind.record]
@@ -501,7 +501,7 @@ def test_every_key_of_the_configuration_is_in_the_readmes_tables():
     assert sorted(all_keys() - documented_keys()) == []
 
 
-def test_the_readmes_tables_name_no_key_that_is_not_there():
+def test_readme_names_only_existing_keys():
     tops = tuple(f"{key}{mark}" for key in mission.Config.keys
                  for mark in (".", "[]."))
     named = {word for word in documented_keys() if word.startswith(tops)
@@ -565,7 +565,7 @@ def test_every_exit_status_is_in_the_manual_and_its_topic(text):
         assert re.search(rf"^  {value}\b", text, re.M)
 
 
-def test_the_readme_says_all_of_koitab():
+def test_readme_documents_every_option_command_setting_and_state():
     """Options, commands, settings, types, states and triggers."""
     koitab = support.load("koitab")
     text = (support.ROOT / "README.md").read_text(encoding="utf-8")
@@ -593,7 +593,7 @@ def test_mission_sample_json_is_what_init_writes(tmp_path, monkeypatch):
     assert written == (support.ROOT / "mission.sample.json").read_bytes()
 
 
-def test_the_sample_fits_the_screen_of_its_reader():
+def test_sample_fits_79_columns():
     assert [line for line in mission.SAMPLE.splitlines()
             if len(line) > 79] == []
 
