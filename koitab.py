@@ -26955,7 +26955,7 @@ PARTIES = (
           "http", "everything", "everything; hosts show as down",
           ("test_relay_of_tls_sees_no_string_that_a_later_request_accepts",
            "test_server_with_another_certificate_gets_no_byte",
-           "test_recorded_bytes_of_plain_http_contain_a_token_that_works")),
+           "test_recorded_bytes_of_plain_http_contain_a_valid_token")),
     Party("Proxy that has the certificate",
           "all that passes: keys, tokens and outputs; the passphrase, if the "
           "page that it passes on is used",

@@ -53,7 +53,7 @@ def views(world) -> list[tuple]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_axe_finds_nothing_in_any_view(page, stand_in, scheme, width):
+def test_axe_reports_no_violation_in_any_view(page, stand_in, scheme, width):
     page.size(width, 900)
     page.media(prefers_color_scheme=scheme)
     found = {}
@@ -97,7 +97,7 @@ def test_phone_has_large_targets_and_large_text_in_fields(page, stand_in):
     assert found == {}
 
 
-def test_axe_finds_nothing_in_the_login(page, stand_in):
+def test_axe_reports_no_violation_on_the_login_page(page, stand_in):
     page.click(".lock")
     page.find("#secret")
     assert page.js(RUN) == []

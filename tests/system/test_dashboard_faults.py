@@ -68,7 +68,7 @@ while True:
 """
 
 
-def test_what_was_acknowledged_is_there_after_any_kill(tmp_path):
+def test_acknowledged_writes_survive_any_kill(tmp_path):
     """Kills at random moments: each acknowledged run and ping is there
     once, what is there is whole, and no letter is there twice."""
     path, seed = tmp_path / "d.db", int(os.environ.get("SEED", "7"))
@@ -183,7 +183,8 @@ print("again", again > 5, status)
 
 
 @support.root_only
-def test_a_disk_that_is_really_full_and_gets_room_by_forgetting(tmp_path):
+def test_dashboard_on_a_full_file_system_frees_space_by_deleting_a_host(
+        tmp_path):
     support.need("unshare")
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -247,7 +248,7 @@ def old_dashboard(path: Path) -> InProcessDashboard:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_database_is_told_and_left_as_it_is(tmp_path, damage):
+def test_damaged_database_is_reported_and_left_unchanged(tmp_path, damage):
     path = tmp_path / "d.db"
     old_dashboard(path)
     for ending in ("-wal", "-shm"):
@@ -264,7 +265,8 @@ def test_a_damaged_database_is_told_and_left_as_it_is(tmp_path, damage):
 
 
 @pytest.mark.parametrize("seed", range(25 if support.FULL else 6))
-def test_random_damage_never_becomes_a_fresh_or_a_wrong_start(tmp_path, seed):
+def test_randomly_damaged_database_is_refused_or_read_without_wrong_rows(
+        tmp_path, seed):
     """Pages of garbage anywhere: it is refused at the start, or the pages
     that are whole are shown and the others told; never an unknown fault."""
     path = tmp_path / "d.db"
@@ -292,7 +294,7 @@ def test_random_damage_never_becomes_a_fresh_or_a_wrong_start(tmp_path, seed):
 
 
 @pytest.mark.parametrize("ending", ["-wal", "-shm", ".ballast", ".lock"])
-def test_the_files_beside_it_may_be_lost(tmp_path, ending):
+def test_database_opens_without_any_one_of_its_side_files(tmp_path, ending):
     path = tmp_path / "d.db"
     old_dashboard(path)
     Path(str(path) + ending).unlink(missing_ok=True)
@@ -302,7 +304,7 @@ def test_the_files_beside_it_may_be_lost(tmp_path, ending):
     dashboard.dashboard.close()
 
 
-def test_a_backup_that_locks_it_for_a_while_only_delays(tmp_path):
+def test_backup_that_locks_the_database_only_delays_writes(tmp_path):
     dashboard = InProcessDashboard(tmp_path / "d.db", koitab.Clock())
     web1 = dashboard.join()
     dashboard.dashboard.start()
@@ -322,7 +324,7 @@ def test_a_backup_that_locks_it_for_a_while_only_delays(tmp_path):
     dashboard.dashboard.stop()
 
 
-def test_a_database_that_cannot_be_written_is_told_at_the_start(tmp_path):
+def test_locked_database_is_reported_at_the_start(tmp_path):
     path = tmp_path / "d.db"
     old_dashboard(path)
     other = sqlite3.connect(path, isolation_level=None)

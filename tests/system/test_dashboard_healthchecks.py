@@ -75,7 +75,7 @@ def test_check_has_the_fields_of_healthchecks(house):
     assert re.fullmatch(TIME, after["next_ping"])
 
 
-def test_viewer_sees_a_unique_key_and_no_address(house):
+def test_viewer_gets_unique_keys_and_no_ping_urls(house):
     made = save(house, name="seen")
     key = hashlib.sha1(made["uuid"].encode()).hexdigest()
     for path in (f"checks/{key}", f"checks/{made['uuid']}"):
@@ -100,7 +100,7 @@ def test_viewer_sees_a_unique_key_and_no_address(house):
 @pytest.mark.parametrize("key, status", [
     ("", 401), ("f" * 64, 401), ("metrics", 401), (OPERATOR_TOKEN, 200),
     (f"checks-{CHECKS_TOKEN}", 200)])
-def test_key_decides(house, key, status):
+def test_api_key_determines_the_status(house, key, status):
     reply = call(house, "GET", "checks/", key=key)
     assert reply.status == status
     assert status == 200 or reply.json["error"]
@@ -130,7 +130,7 @@ def test_list_is_filtered_by_slug_and_by_all_tags(house):
     assert slugs("tag=red&slug=f2") == ["f2"]
 
 
-def test_unique_finds_a_check_and_edits_it(house):
+def test_unique_fields_select_an_existing_check_for_the_edit(house):
     first = save(house, name="U", tags="u", timeout=120, unique=["name"])
     again = save(house, 200, name="U", timeout=180, unique=["name"])
     assert again == {**first, "timeout": 180}
@@ -144,7 +144,7 @@ def test_unique_finds_a_check_and_edits_it(house):
         first["uuid"], other["uuid"])
 
 
-def test_edit_changes_what_it_names(house):
+def test_edit_changes_only_the_given_fields(house):
     made = save(house, name="E", timeout=120)
     path = f"checks/{made['uuid']}"
     cron = call(house, "POST", path, {"schedule": "5 3 * * *",
@@ -156,7 +156,7 @@ def test_edit_changes_what_it_names(house):
     assert call(house, "POST", path, {"timeout": 300}).json["timeout"] == 300
 
 
-def test_pause_resume_and_delete(house):
+def test_check_is_paused_resumed_and_deleted(house):
     path = f"checks/{save(house, name='P')['uuid']}"
     assert call(house, "POST", f"{path}/resume", {}).status == 409
     paused = house.ask("POST", f"/api/v3/{path}/pause", b"",
@@ -211,7 +211,7 @@ def test_pings_and_flips_are_listed(house):
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
-def test_each_version_is_answered_as_the_third(house, version):
+def test_all_versions_of_the_api_give_the_same_answers(house, version):
     assert "checks" in call(house, "GET", "checks/", version=version).json
     assert call(house, "GET", "checks", version=version).status == 200
     assert call(house, "GET", "status/", version=version).body == b"OK"
@@ -222,7 +222,7 @@ def test_each_version_is_answered_as_the_third(house, version):
                                   "http://koi.example"),
     ({"X_Forwarded_Proto": "https", "X_Forwarded_Prefix": "/koi"},
      "https://koi.example/koi")])
-def test_addresses_behind_a_proxy_are_the_public_ones(proxied, headers, url):
+def test_urls_behind_a_proxy_are_the_public_ones(proxied, headers, url):
     made = proxied.ask(
         "POST", "/api/v3/checks", {"name": "x"}, OPERATOR_TOKEN,
         Host="koi.example", X_Forwarded_For="203.0.113.9", **headers)
@@ -294,5 +294,5 @@ def test_client_from_pypi_works(house, version):
         "delete": name, "gone": True, "key": True, "bad": True}
 
 
-def test_nothing_surprised_the_dashboard(house):
+def test_dashboard_has_logged_no_bug(house):
     house.assert_no_bugs()

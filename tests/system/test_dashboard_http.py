@@ -68,7 +68,7 @@ def busy(process, seconds: float) -> float:
 # --- pages and plain answers ----------------------------------------------
 
 
-def test_the_page_comes_with_a_policy_that_fits_it(server):
+def test_page_has_a_content_security_policy_with_its_hashes(server):
     reply = server.ask("GET", "/")
     assert reply.status == 200
     assert reply.headers["content-type"] == "text/html; charset=utf-8"
@@ -99,7 +99,7 @@ def test_page_and_state_are_compressed_for_clients_that_accept_it(server):
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/api/v1/state"])
-def test_head_answers_as_get_without_a_body(server, path):
+def test_head_is_answered_like_get_without_a_body(server, path):
     with server.client() as client:
         whole = client.ask("GET", path, token=OPERATOR_TOKEN)
         head = client.ask("HEAD", path, token=OPERATOR_TOKEN)
@@ -115,7 +115,7 @@ def test_metrics_require_a_token(server):
     assert b"\nkoi_http_connections " in reply.body
 
 
-def test_a_badge_is_a_picture_or_json(server):
+def test_badge_is_served_as_svg_or_json(server):
     key = server.ask("GET", "/api/v1/state",
                      token=OPERATOR_TOKEN).json["dash"][
         "badge_key"]
@@ -132,7 +132,7 @@ def test_a_badge_is_a_picture_or_json(server):
 # --- a connection serves many requests, in order --------------------------
 
 
-def test_requests_that_come_at_once_are_answered_in_order(server):
+def test_pipelined_requests_are_answered_in_order(server):
     port = server.port
     with server.client() as client:
         client.send(b"".join([
@@ -179,7 +179,7 @@ def test_connection_close_and_http_1_0_close_the_connection(server):
             assert client.is_closed()
 
 
-def test_a_client_that_closed_its_side_is_still_answered(server):
+def test_half_closed_client_is_still_answered(server):
     with server.client() as client:
         client.send(encode_request(server.port, "GET", "/api/v1/state",
                                    token=OPERATOR_TOKEN))
@@ -222,7 +222,7 @@ SMUGGLED = (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
     b"Content-Encoding: gzip\r\nContent-Length: 4\r\n",
     b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n",
     b"Host: localhost\r\nContent-Length: 4\r\n"])
-def test_no_request_can_be_smuggled_behind_a_body(server, lines):
+def test_body_cannot_contain_a_smuggled_request(server, lines):
     head = b"POST /ping/" + server.uuid.encode() + b" HTTP/1.1\r\nHost: " \
         b"localhost\r\n" + lines + b"\r\n"
     with server.client() as client:
@@ -326,7 +326,7 @@ def test_bytes_that_are_not_http_get_400_without_a_timeout(server, data):
     "/../../etc/passwd", "/%2e%2e/etc/passwd", "//evil.example/", "/a%00b",
     "http://evil.example/x", "/\xff", "/api/v1/../state", "/index.html",
     "/api/v1/runs/1/output/", "/static/koitab.py", "*"])
-def test_a_path_outside_the_table_is_not_found(server, target):
+def test_path_without_a_route_is_not_found(server, target):
     reply = server.ask("GET", target, token=OPERATOR_TOKEN)
     assert reply.status in (400, 404)
     assert b"root:" not in reply.body
@@ -364,7 +364,7 @@ def test_a_body_without_a_valid_key_is_not_read(server):
     assert reply.status == 401
 
 
-def test_a_refusal_arrives_while_a_body_is_being_sent(server):
+def test_refusal_reaches_a_client_that_is_still_sending_its_body(server):
     """A socket that is closed over what it has not read sends a reset."""
     with server.client() as client:
         client.send(encode_request(server.port, "POST", "/api/v1/snooze",
@@ -374,7 +374,7 @@ def test_a_refusal_arrives_while_a_body_is_being_sent(server):
         assert client.is_closed() and not client.reset
 
 
-def test_a_client_that_sends_ahead_is_read_no_further(server):
+def test_input_of_a_client_that_sends_ahead_is_not_read(server):
     with server.client() as host:
         settled(host, server, 25)
         host.sock.settimeout(0.2)
@@ -405,7 +405,7 @@ def test_a_wrong_method_gets_405_with_the_allowed_ones(server, method, path,
     assert (reply.status, reply.headers["allow"]) == (405, allowed)
 
 
-def test_random_faults_in_a_head_cause_no_internal_error(server):
+def test_random_errors_in_a_head_cause_no_internal_error(server):
     """Most go through the parser alone, some over a connection."""
     chance = random.Random(105)
     good = encode_request(1, "POST", "/api/v1/sync?a=b", b"{}", OPERATOR_TOKEN)
@@ -455,7 +455,7 @@ def test_an_unknown_host_name_is_refused_for_every_path(server, path):
     assert "--name" in reply.json["hint"]
 
 
-def test_names_given_with_the_option_are_allowed(tmp_path):
+def test_host_names_given_with_option_name_are_allowed(tmp_path):
     with DashboardProcess(tmp_path, "--name", "Koi.example", "--name",
                           "b.example:444") as found:
         for host, status in (("koi.example", 200), ("KOI.EXAMPLE:1", 200),
@@ -544,7 +544,7 @@ def test_viewer_can_read_the_state_and_change_nothing(server):
         "subject": "job:1", "until": 0}, VIEWER_TOKEN).status == 403
 
 
-def test_many_wrong_keys_are_throttled_and_right_keys_are_not(tmp_path):
+def test_wrong_keys_are_throttled_and_valid_keys_are_not(tmp_path):
     with DashboardProcess(tmp_path, *PROXIED,
                           patch="k.MISS_PAUSE = 0.0") as found:
         found.set_up()
@@ -561,7 +561,8 @@ def test_many_wrong_keys_are_throttled_and_right_keys_are_not(tmp_path):
         assert found.ask("GET", "/api/v1/state", token="f" * 64).status == 401
 
 
-def test_wrong_keys_from_many_addresses_do_not_lock_out_a_new_one(tmp_path):
+def test_wrong_keys_from_many_addresses_do_not_lock_out_other_clients(
+        tmp_path):
     with DashboardProcess(tmp_path, *PROXIED,
                           patch="k.MISS_PAUSE = 0.0") as found:
         found.set_up()
@@ -574,7 +575,7 @@ def test_wrong_keys_from_many_addresses_do_not_lock_out_a_new_one(tmp_path):
                               X_Forwarded_For="198.51.100.1").status == 200
 
 
-def test_only_wrong_keys_wait_for_their_answer(tmp_path):
+def test_only_wrong_keys_are_answered_with_a_delay(tmp_path):
     with DashboardProcess(tmp_path, patch="k.MISSES = 0\n"
                           "k.MISS_PAUSE = 600.0") as found:
         found.set_up()
@@ -603,7 +604,7 @@ def test_the_log_contains_neither_keys_nor_queries(tmp_path):
         assert secret not in log
 
 
-def test_many_refusals_do_not_fill_the_log(tmp_path):
+def test_repeated_refusals_do_not_fill_the_log(tmp_path):
     with DashboardProcess(tmp_path, patch="k.LINES_TIME = 0.3") as found:
         began = time.monotonic()
         with found.client() as client:
@@ -662,7 +663,7 @@ def settled(client: HttpClient, server, wait: float) -> None:
     support.wait_until(lambda: waiting(server) == 1, 10, "the poll to wait")
 
 
-def test_a_host_that_waits_is_woken_by_a_request(server):
+def test_waiting_poll_of_a_host_is_answered_with_a_request(server):
     with server.client() as host, server.client() as page:
         settled(host, server, 25)
         asked = page.ask("POST", "/api/v1/requests", an_order(server),
@@ -673,7 +674,7 @@ def test_a_host_that_waits_is_woken_by_a_request(server):
         assert waiting(server) == 0
 
 
-def test_a_host_is_woken_as_fast_as_other_requests_are_answered(tmp_path):
+def test_poll_is_answered_as_fast_as_other_requests(tmp_path):
     took, usual = [], []
     with DashboardProcess(tmp_path) as found:
         found.set_up()
@@ -701,7 +702,7 @@ def test_a_request_made_before_the_poll_is_answered_at_once(server):
     # A client gives up after 20 s.
 
 
-def test_a_poll_is_answered_when_its_time_is_over(server):
+def test_poll_is_answered_after_its_time_limit(server):
     with server.client() as host:
         begin = time.monotonic()
         settled(host, server, 0.7)
@@ -723,13 +724,13 @@ def test_a_sync_with_records_is_acknowledged_at_once(server):
             assert reply.json["acked"] == 10
 
 
-def test_a_poll_ends_when_the_host_hangs_up(server):
+def test_poll_ends_when_the_host_closes_the_connection(server):
     with server.client() as host:
         settled(host, server, 25)
     support.wait_until(lambda: waiting(server) == 0, 5, "it to be forgotten")
 
 
-def test_a_request_behind_a_poll_is_answered_after_it(server):
+def test_request_pipelined_after_a_poll_is_answered_after_it(server):
     with server.client() as host:
         settled(host, server, 0.5)
         host.send(encode_request(server.port, "GET", "/healthz"))
@@ -737,7 +738,7 @@ def test_a_request_behind_a_poll_is_answered_after_it(server):
         assert host.reply().body == b"OK"
 
 
-def test_a_newer_poll_of_a_host_ends_its_older_one(server):
+def test_newer_poll_of_a_host_ends_the_older_one(server):
     """Or a connection that broke would be handed what the other waits for."""
     with server.client() as old, server.client() as new:
         settled(old, server, 25)
@@ -814,7 +815,7 @@ def test_a_run_is_shown_with_its_job(server, told):
                       token=VIEWER_TOKEN).json["runs"] == []
 
 
-def test_output_comes_in_pieces_that_make_the_whole(server, told):
+def test_pieces_of_an_output_make_up_the_whole(server, told):
     _, run, frames = told
     data, path = b"", f"/api/v1/runs/{run}/output"
     while len(data) < len(frames):
@@ -831,7 +832,7 @@ def test_output_comes_in_pieces_that_make_the_whole(server, told):
                       token=VIEWER_TOKEN).body == b""
 
 
-def test_raw_output_is_text_and_never_a_page(server, told):
+def test_raw_output_is_served_as_plain_text(server, told):
     reply = server.ask("GET", f"/api/v1/runs/{told[1]}/raw",
                        token=VIEWER_TOKEN)
     assert reply.body == b"".join(part for _, _, part in koitab.read_frames(
@@ -841,7 +842,7 @@ def test_raw_output_is_text_and_never_a_page(server, told):
     assert reply.headers["x-content-type-options"] == "nosniff"
 
 
-def test_text_is_found_in_outputs(server, told):
+def test_search_finds_text_in_outputs(server, told):
     for text in ("needle", "needle' or 1=1 --", '"needle" NEAR x', "%"):
         reply = server.ask("GET", "/api/v1/search?q=" + "".join(
             f"%{byte:02x}" for byte in text.encode()), token=VIEWER_TOKEN)
@@ -852,7 +853,8 @@ def test_text_is_found_in_outputs(server, told):
                           token=VIEWER_TOKEN).status == 400
 
 
-def test_day_and_audit_are_shown_and_check_their_queries(server, told):
+def test_day_and_audit_are_served_and_invalid_queries_are_refused(
+        server, told):
     now = time.time()
     day = server.ask("GET", f"/api/v1/day?from={now - 3600}&to={now:.1f}",
                      token=VIEWER_TOKEN).json
@@ -867,7 +869,7 @@ def test_day_and_audit_are_shown_and_check_their_queries(server, told):
                       token=VIEWER_TOKEN).json["rows"] == []
 
 
-def test_checks_and_channels_are_made_changed_and_removed(server):
+def test_checks_and_channels_are_created_changed_and_deleted(server):
     uuid = server.ask("POST", "/api/v1/checks", {
         "name": "<b>", "slug": "b", "period": 3600, "grace": 60},
                       OPERATOR_TOKEN
@@ -934,8 +936,8 @@ def test_viewer_gets_no_ping_url_and_no_secret_of_a_channel(server):
             "do": "delete", "id": channel["id"]}, OPERATOR_TOKEN)
 
 
-def test_answer_to_a_test_says_whether_the_receiver_took_it(server):
-    def test_of(port: int) -> dict:
+def test_reply_to_a_test_notification_says_whether_it_was_accepted(server):
+    def send_test(port: int) -> dict:
         channel = server.ask("POST", "/api/v1/channels", {
             "kind": "webhook", "target": f"http://127.0.0.1:{port}/x"},
             OPERATOR_TOKEN).json["id"]
@@ -960,14 +962,14 @@ def test_answer_to_a_test_says_whether_the_receiver_took_it(server):
     receiver = socket.create_server(("127.0.0.1", 0))
     port, thread = receiver.getsockname()[1], threading.Thread(target=take)
     thread.start()
-    assert test_of(port) == {"delivered": True, "error": ""}
+    assert send_test(port) == {"delivered": True, "error": ""}
     thread.join()
     receiver.close()
-    answer = test_of(port)
+    answer = send_test(port)
     assert not answer["delivered"] and "refused" in answer["error"]
 
 
-def test_a_first_ping_over_http_says_when_the_next_is_expected(server):
+def test_first_ping_over_http_may_set_the_schedule_of_its_check(server):
     state = server.ask("GET", "/api/v1/state", token=OPERATOR_TOKEN).json
     path = f"/ping/{state['dash']['ping_key']}/asked"
     assert server.ask("GET", path + "?create=1&period=soon").status == 400
@@ -984,7 +986,7 @@ def test_a_first_ping_over_http_says_when_the_next_is_expected(server):
         "do": "delete"}, OPERATOR_TOKEN).status == 200
 
 
-def test_a_followed_run_is_demanded_from_its_host_and_sent_live(server):
+def test_output_of_a_followed_run_is_requested_and_streamed(server):
     host, token = "ef" * 16, "01" * 32
     server.register_host(host, token)
     going = a_record(1, b"", state="running", ended=None, exit=None,
@@ -1018,7 +1020,7 @@ def test_a_followed_run_is_demanded_from_its_host_and_sent_live(server):
     assert waiting(server) == 0
 
 
-def test_a_rotated_key_opens_nothing_and_closes_streams(tmp_path):
+def test_rotated_key_is_refused_and_its_streams_are_closed(tmp_path):
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         with stream(found, now_of(found)) as client:
@@ -1034,7 +1036,7 @@ def test_a_rotated_key_opens_nothing_and_closes_streams(tmp_path):
                              token=token).status == 200
 
 
-def test_a_revoked_access_token_opens_nothing_and_closes_streams(tmp_path):
+def test_revoked_access_token_is_refused_and_its_streams_are_closed(tmp_path):
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         found.ask("POST", "/api/v1/tokens",
@@ -1079,7 +1081,7 @@ def test_a_dashboard_is_created_once_with_the_founding_token(tmp_path):
         found.assert_no_bugs()
 
 
-def test_attempts_to_create_a_dashboard_are_limited(tmp_path):
+def test_attempts_to_create_a_dashboard_are_throttled(tmp_path):
     with DashboardProcess(tmp_path, *PROXIED,
                           patch="k.MISS_PAUSE = 0.0") as found:
         far = {"X_Forwarded_For": "203.0.113.1"}
@@ -1112,7 +1114,7 @@ def now_of(server) -> int:
     return server.ask("GET", "/api/v1/state", token=VIEWER_TOKEN).json["seq"]
 
 
-def test_a_browser_follows_and_comes_back(server):
+def test_browser_gets_changes_and_resumes_after_a_reconnect(server):
     since = now_of(server)
     changed(server, 1)
     with stream(server, since) as client:
@@ -1130,12 +1132,12 @@ def test_a_browser_follows_and_comes_back(server):
 
 
 @pytest.mark.parametrize("since", [0, 10**17])
-def test_a_stream_from_an_unknown_change_begins_anew(server, since):
+def test_stream_from_an_unknown_change_begins_with_a_reset(server, since):
     with stream(server, since) as client:
         assert json.loads(client.line()) == {"reset": True}
 
 
-def test_a_stream_sends_empty_lines_as_signs_of_life(tmp_path):
+def test_idle_stream_sends_empty_lines(tmp_path):
     with DashboardProcess(tmp_path, patch="k.HEARTBEAT = 0.2") as found:
         found.set_up()
         with stream(found, now_of(found)) as client:
@@ -1153,7 +1155,7 @@ k.Api.on_changes = large
 """
 
 
-def test_a_browser_that_does_not_read_is_dropped_and_others_go_on(tmp_path):
+def test_browser_that_does_not_read_is_dropped_and_others_continue(tmp_path):
     with DashboardProcess(tmp_path,
                           patch=LARGE + "k.WRITE_TIME = 0.5") as found:
         found.set_up()
@@ -1175,7 +1177,7 @@ def test_a_browser_that_does_not_read_is_dropped_and_others_go_on(tmp_path):
         found.assert_no_bugs()
 
 
-def test_a_browser_that_reads_too_late_begins_anew(tmp_path):
+def test_browser_that_reads_too_late_gets_a_reset(tmp_path):
     with DashboardProcess(tmp_path, patch=LARGE) as found:
         found.set_up()
         with stream(found, now_of(found)) as slow, \
@@ -1211,7 +1213,7 @@ def open_many(count: int = 2000) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HT"])
-def test_500_silent_clients_delay_nobody(server, data):
+def test_silent_clients_do_not_delay_other_clients(server, data):
     open_many()
     with silent(server.port, 500, data), server.client(seconds=8) as client:
         # Of a silent caller it would hear for 10 s that nothing comes.
@@ -1219,7 +1221,7 @@ def test_500_silent_clients_delay_nobody(server, data):
                           ).status == 200
 
 
-def test_500_silent_tls_clients_delay_nobody(tmp_path, made, trust):
+def test_silent_tls_clients_do_not_delay_other_clients(tmp_path, made, trust):
     open_many()
     with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
                           tls=trust) as found, silent(found.port, 500):
@@ -1283,7 +1285,7 @@ def rss(pid: int) -> int:
 NOT_NEAR = "k.is_loopback = lambda address: False\n"
 
 
-def test_an_address_may_have_few_unproven_clients_and_many_hosts(tmp_path):
+def test_address_may_have_few_unauthenticated_clients_and_many_hosts(tmp_path):
     with DashboardProcess(tmp_path) as near:
         near.set_up()
     patch = NOT_NEAR + "k.MOST_UNPROVEN, k.MOST_OF_ADDRESS = 8, 30"
@@ -1368,7 +1370,7 @@ def test_an_unknown_ping_is_refused_before_its_body_arrives(server):
             assert (reply.status, reply.body) == (404, b"not found")
 
 
-def test_silent_connections_make_room_for_a_new_one(tmp_path):
+def test_longest_silent_connection_is_closed_for_a_new_one(tmp_path):
     """Whoever has been silent for the longest time makes room."""
     with DashboardProcess(tmp_path,
                           patch="k.MOST_CONNECTIONS = 20") as found, silent(
@@ -1379,7 +1381,7 @@ def test_silent_connections_make_room_for_a_new_one(tmp_path):
 # --- what fails -----------------------------------------------------------
 
 
-def test_without_descriptors_it_pauses_and_continues(tmp_path):
+def test_dashboard_without_descriptors_pauses_and_continues(tmp_path):
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         pid = found.process.pid
@@ -1409,7 +1411,7 @@ threading.Thread.start = refuse
 """
 
 
-def test_without_threads_only_questions_are_refused(tmp_path):
+def test_dashboard_without_threads_refuses_only_queries(tmp_path):
     with DashboardProcess(tmp_path, patch=NO_THREAD) as found:
         found.set_up()
         uuid = found.add_check()
@@ -1428,7 +1430,7 @@ k.MOST_READS = 6
 """
 
 
-def test_too_many_questions_at_once_get_503(tmp_path):
+def test_too_many_concurrent_queries_get_503(tmp_path):
     gate = tmp_path / "gate"
     with contextlib.ExitStack() as stack, DashboardProcess(
             tmp_path, patch=SLOW.format(gate=str(gate))) as found:
@@ -1466,7 +1468,7 @@ k.Dashboard.health = broken
 """
 
 
-def test_a_damaged_database_ends_the_dashboard_with_the_reason(tmp_path):
+def test_damaged_database_ends_the_dashboard_with_the_reason(tmp_path):
     with DashboardProcess(tmp_path, patch=BROKEN) as found:
         assert found.ask("GET", "/healthz").status == 503
         assert found.process.wait(10) == 1
@@ -1594,8 +1596,8 @@ def test_a_tls_connection_takes_less_than_120_kb(tmp_path, made, trust):
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_connections_that_end_leave_nothing_behind(tmp_path, made, trust,
-                                                   shown):
+def test_closed_connections_leave_no_open_socket_and_no_error(
+        tmp_path, made, trust, shown):
     """No open socket, and no error in the log."""
     options = ("--cert", made.cert, "--key", made.key) if shown else ()
     with DashboardProcess(tmp_path, *options,
@@ -1689,7 +1691,7 @@ def test_a_second_process_on_a_database_is_refused(tmp_path, server):
     assert server.ask("GET", "/healthz").status == 200
 
 
-def test_plain_http_beyond_loopback_is_warned_about(tmp_path):
+def test_plain_http_beyond_loopback_gets_a_warning(tmp_path):
     with DashboardProcess(tmp_path, "--listen", "0.0.0.0:0", "--plain-http"
                           ) as found:
         assert "warning: this is plain http" in found.log()
@@ -1697,7 +1699,7 @@ def test_plain_http_beyond_loopback_is_warned_about(tmp_path):
         assert found.ask("GET", "/", Host="evil.example").status == 421
 
 
-def test_the_start_prints_the_url_and_the_next_command(server):
+def test_start_prints_the_url_and_the_next_command(server):
     url = f"http://127.0.0.1:{server.port}"
     assert f"listens at {url}\n" in server.log()
     assert f"next: koitab -d new {url}; then open {url}" in server.log()
@@ -1724,7 +1726,7 @@ def test_a_backup_is_made_while_the_dashboard_runs(tmp_path, server):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_answers_waiting_polls_and_ends_it(tmp_path, number):
+def test_signal_answers_waiting_polls_and_ends_the_dashboard(tmp_path, number):
     with DashboardProcess(tmp_path) as found:
         found.set_up()
         since = now_of(found)
@@ -1740,7 +1742,7 @@ def test_a_signal_answers_waiting_polls_and_ends_it(tmp_path, number):
         found.assert_no_bugs()
 
 
-def test_a_running_write_is_answered_before_it_ends(tmp_path):
+def test_running_write_is_answered_before_the_dashboard_ends(tmp_path):
     gate = tmp_path / "gate"
     patch = (WAITING + "ping, k.STOP_TIME = k.PingChecks.ping, 20\n"
              "k.PingChecks.ping = lambda *values: wait() or ping(*values)"

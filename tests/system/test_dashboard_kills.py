@@ -225,7 +225,7 @@ def judge_pings(server: DashboardProcess, load: Load) -> tuple[int, int]:
     return sum(load.pings.values()), len(load.pings)
 
 
-def test_what_was_acknowledged_outlives_any_kill_and_nothing_is_doubled(
+def test_acknowledged_writes_survive_any_kill_without_duplicates(
         server, koid, load):
     dice, pid = random.Random(SEED), koid.daemon.pid
     load.start(*[(load.ping, worker) for worker in range(PINGERS)],
@@ -258,7 +258,7 @@ def results(server: DashboardProcess) -> int:
                        "'waiting'")[0][0]
 
 
-def test_requests_end_once_however_often_koid_and_the_link_are_killed(
+def test_requests_end_exactly_once_when_koid_and_agent_are_killed(
         server, koid, load):
     dice, kills = random.Random(SEED), {"koid": 0, "link": 0}
     load.start((load.ask,))
@@ -291,7 +291,7 @@ def test_requests_end_once_however_often_koid_and_the_link_are_killed(
     print(f"killed {kills}: requests {requests}, {runs} runs; none twice")
 
 
-def test_while_the_dashboard_is_away_jobs_run_on_and_all_is_shown_afterwards(
+def test_jobs_run_while_the_dashboard_is_down_and_are_shown_afterwards(
         server, koid, load):
     koid.run("Out", N="before")
     with koid.link() as link:
@@ -324,7 +324,7 @@ def test_while_the_dashboard_is_away_jobs_run_on_and_all_is_shown_afterwards(
           "core; each shown once")
 
 
-def test_verdicts_that_could_not_be_told_are_told_later_each_once(koi):
+def test_undelivered_results_are_sent_later_once_each(koi):
     """A dashboard that hands the same requests out, again and again, while
     it takes nothing: what waits is no longer than there are requests."""
     koi.tab('"Plain" @manual echo plain\n')

@@ -67,7 +67,7 @@ def metrics_of(server) -> str:
     return server.ask("GET", "/metrics", token=VIEWER_TOKEN).body.decode()
 
 
-def test_promtool_finds_nothing_wrong(scraped):
+def test_promtool_reports_no_problem(scraped):
     assert promtool("check", "metrics", text=metrics_of(scraped)) == ""
 
 
@@ -133,7 +133,7 @@ def test_prometheus_keeps_both_hosts_of_one_name(prometheus):
         "koi_job_last_exit_status != 0")] == [137]
 
 
-def test_rules_of_the_readme_are_valid_and_fire(prometheus, tmp_path):
+def test_documented_alert_rules_are_valid_and_fire(prometheus, tmp_path):
     (tmp_path / "rules.yml").write_text(yaml_of("groups"))
     assert "SUCCESS" in promtool("check", "rules",
                                  str(tmp_path / "rules.yml"))

@@ -64,7 +64,7 @@ def test_wrong_passphrase_is_refused_and_many_tries_are_throttled(
     assert len(refused) == 3                # the browser's own words
 
 
-def test_login_refuses_fewer_rounds_than_the_minimum(browser, stand_in):
+def test_login_refuses_too_few_key_derivation_rounds(browser, stand_in):
     stand_in.rounds = 1000
     try:
         browser.go("about:blank")
@@ -99,7 +99,7 @@ def test_passphrase_is_accepted_as_people_type_it(page, typed, read):
     assert page.js("return asGenerated(arguments[0])", typed) == read
 
 
-def test_typed_passphrase_can_be_shown(browser, stand_in):
+def test_button_shows_and_hides_the_typed_passphrase(browser, stand_in):
     browser.go("about:blank")
     browser.go(stand_in.url)
     browser.type("#secret", "abc")
@@ -112,8 +112,8 @@ def test_typed_passphrase_can_be_shown(browser, stand_in):
     assert browser.text("#caps") == "Caps Lock is on."
 
 
-def test_first_page_says_what_to_type_until_there_is_a_dashboard(browser,
-                                                                 stand_in):
+def test_first_page_shows_the_command_that_creates_a_dashboard(
+        browser, stand_in):
     stand_in.world.is_founded = False
     try:
         browser.go("about:blank")
@@ -159,7 +159,7 @@ def test_operator_makes_a_read_only_link(page, stand_in):
         link.rpartition("-")[2])).hexdigest()
 
 
-def test_locking_forgets_the_keys_and_the_state(page):
+def test_locking_deletes_the_keys_and_the_state(page):
     page.find(".row")
     page.click(".lock")
     page.wait("document.querySelector('#secret')")
@@ -175,7 +175,7 @@ def test_page_locks_after_15_minutes_of_inactivity(page):
     assert "15 minutes" in page.text("#why")
 
 
-def test_plain_http_shows_a_warning_and_derives_keys_in_javascript(
+def test_page_over_plain_http_shows_a_warning_and_derives_keys_itself(
         browser, stand_in):
     """Only a name such as localhost is a secure context without TLS."""
     browser.go(stand_in.url.replace("127.0.0.1", "koi.test"))
@@ -265,7 +265,8 @@ def well():
         yield stand_in
 
 
-def test_headline_says_that_all_is_well_and_what_failed_last(browser, well):
+def test_headline_says_that_all_jobs_are_well_and_names_the_last_failure(
+        browser, well):
     browser.open(well.url, PASSWORD)
     count = len(well.world.jobs)
     assert browser.text("h1") == (
@@ -308,7 +309,8 @@ def test_host_that_is_down_comes_first_and_explains_its_jobs(page, stand_in):
     page.click('[data-state=""]')
 
 
-def test_next_start_of_an_unknown_job_in_the_past_was_due_then(page, stand_in):
+def test_past_next_start_of_an_unknown_job_is_shown_as_due_then(
+        page, stand_in):
     job = next(job for job in stand_in.world.jobs.values()
                if job["state"] == "unknown" and job["next"])
     shown = f"[href='#/job/{job['id']}']"
@@ -327,8 +329,7 @@ def test_columns_have_headers_in_the_table_of_jobs(page):
                    ) == 0
 
 
-def test_bar_of_a_missed_run_has_a_shape_and_colours_have_a_contrast_of_3(
-        page):
+def test_bar_of_a_missed_run_is_hollow_and_colours_have_enough_contrast(page):
     """At 1180 pixels a bar has 3, so that an outline has an inside."""
     page.size(1180, 900)
     page.wait("document.querySelector('.bars').bars.items.at(-1).w === 3")
@@ -453,7 +454,7 @@ def test_arrow_keys_walk_the_history_bar_and_enter_opens_a_run(page):
     page.wait("location.hash.startsWith('#/run/')")
 
 
-def test_300_jobs_are_drawn_quickly(browser):
+def test_many_jobs_are_drawn_within_the_time_limit(browser):
     with page_server.Server(many=True) as stand_in:
         browser.open(stand_in.url, PASSWORD)
         browser.wait("document.querySelectorAll('.row').length >= 300")
@@ -563,7 +564,7 @@ def test_every_control_has_a_name_and_every_view_one_h1(page, stand_in):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_a_contrast_of_4_5(page, stand_in, scheme):
+def test_text_has_the_contrast_that_wcag_requires(page, stand_in, scheme):
     page.media(prefers_color_scheme=scheme)
     try:
         job = stand_in.world.runs[stand_in.world.colours]["job"]
@@ -607,7 +608,7 @@ return [...bad];
 
 
 @pytest.mark.parametrize("width", [320, 390])
-def test_no_view_is_wider_than_a_phone(page, stand_in, width):
+def test_every_view_fits_the_width_of_a_phone(page, stand_in, width):
     page.size(width, 800)
     for path in ("jobs", f"run/{stand_in.world.colours}", "day", "search?q=a",
                  f"job/{stand_in.world.every_type}/run", "audit", "check/new",
@@ -703,7 +704,7 @@ function seen(text, cut = 0) {
 """
 
 
-def test_output_cut_anywhere_looks_the_same(page):
+def test_output_looks_the_same_wherever_it_is_split(page):
     """A character of UTF-8, an escape sequence and a line are cut."""
     assert page.js(AS_SEEN + r"""
         const text = "\x1b[1;31mé\u{1f603}日\x1b[0m\r\nab\b\x1b[Kc\x1b]8;;" +
@@ -829,7 +830,7 @@ def test_job_page_leads_with_what_failed(page, stand_in):
     page.wait(f"location.hash === '#/run/{world.colours}'")
 
 
-def test_running_job_says_how_long_it_will_still_take(page, stand_in):
+def test_running_job_shows_the_estimated_time_left(page, stand_in):
     world = stand_in.world
     job = world.jobs[world.runs[world.live]["job"]]
     hour = 3600     # so long that a slow machine makes no difference
@@ -985,7 +986,7 @@ def every_type(page, stand_in):
     page.visit(path, ".runform")
 
 
-def test_form_names_what_is_missing_and_what_may_stay_empty(page, stand_in):
+def test_form_names_missing_fields_and_marks_optional_ones(page, stand_in):
     world = stand_in.world
     world.jobs[world.every_type]["params"][1]["default"] = ""
     every_type(page, stand_in)
@@ -1007,7 +1008,7 @@ def test_form_names_what_is_missing_and_what_may_stay_empty(page, stand_in):
         "Hello,\nhow are you?"
 
 
-def test_form_keeps_its_values_over_a_lock_but_no_secret(page, stand_in):
+def test_form_keeps_its_values_but_no_secret_while_locked(page, stand_in):
     every_type(page, stand_in)
     page.type("#arg0", "ann")
     page.type("#arg6", "hunter2")
@@ -1021,7 +1022,7 @@ def test_form_keeps_its_values_over_a_lock_but_no_secret(page, stand_in):
     assert page.js("return document.querySelector('#arg0').value") == ""
 
 
-def test_back_from_the_run_does_not_return_to_the_form(page, stand_in):
+def test_back_button_on_the_run_skips_the_form(page, stand_in):
     job = next(job for job in stand_in.world.jobs.values() if job["label"] ==
                "Say Hi" and stand_in.world.hosts[job["host"]]["name"] ==
                "web1")
@@ -1036,8 +1037,8 @@ def test_back_from_the_run_does_not_return_to_the_form(page, stand_in):
     page.wait("location.hash === '#/by-hand'")
 
 
-def test_request_to_a_host_that_is_down_waits_and_is_taken_back(page,
-                                                                stand_in):
+def test_request_to_a_host_that_is_down_waits_and_can_be_withdrawn(
+        page, stand_in):
     world = stand_in.world
     world.hosts[page_server.VECTOR["host"]]["state"] = "down"
     try:
@@ -1064,7 +1065,7 @@ def test_request_to_a_host_that_is_down_waits_and_is_taken_back(page,
                 page_server.VECTOR["host"])
 
 
-def test_view_lists_the_jobs_that_are_run_by_hand(page, stand_in):
+def test_view_run_by_hand_lists_the_manual_jobs(page, stand_in):
     page.visit("jobs?state=manual", ".by-hand")
     page.visit("by-hand", ".by-hand")
     shown = page.js("return [...document.querySelectorAll('.by-hand h2 a')]"
@@ -1260,7 +1261,7 @@ def test_morning_of_a_snooze_is_at_8_in_the_shown_zone(page, today, words,
     page.js("document.querySelector('#toast').className = ''")
 
 
-def test_day_after_a_day_of_25_hours_is_not_the_same_day(page):
+def test_tomorrow_is_the_next_date_after_a_day_of_25_hours(page):
     """In the early hours of such a day, 24 hours later is the same date."""
     assert page.js("""
         const kept = clockOffset, host = { zone: "Europe/Berlin" };
@@ -1275,7 +1276,7 @@ def test_day_after_a_day_of_25_hours_is_not_the_same_day(page):
         }""") == "2026-10-26T07:00:00.000Z"
 
 
-def test_actions_of_a_row_are_in_one_menu_on_a_phone(page, stand_in):
+def test_phone_has_the_actions_of_a_row_in_one_menu(page, stand_in):
     page.size(390, 800)
     page.wait("document.querySelector('.attention .why:has(pre) "
               "[aria-haspopup]')?.textContent === '\u2026'")
@@ -1290,7 +1291,7 @@ def test_actions_of_a_row_are_in_one_menu_on_a_phone(page, stand_in):
     page.size(1280, 900)
 
 
-def test_old_state_is_grey_and_says_of_when_it_is(page):
+def test_outdated_state_is_grey_and_shows_its_time(page):
     page.js("stream.lost = Date.now() - 11000; app.showAge()")
     page.wait("/^As of \\d\\d:\\d\\d: /.test(document.querySelector('h1')"
               ".textContent)")
@@ -1417,7 +1418,7 @@ def poisoned(world: page_server.World) -> None:
             1 + n % 2, n, text + "\n") for n, text in enumerate(CORPUS))
 
 
-def test_200_hostile_texts_in_every_field_stay_text(browser):
+def test_hostile_text_in_any_field_is_shown_as_text(browser):
     assert len(set(CORPUS)) == 200
     with page_server.Server() as stand_in:
         world = stand_in.world

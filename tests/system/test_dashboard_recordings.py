@@ -158,7 +158,7 @@ def test_process_that_takes_the_port_gets_no_byte_of_hosts_and_commands(
             assert squatter.data == b""
 
 
-def test_recorded_bytes_of_plain_http_contain_a_token_that_works(place):
+def test_recorded_bytes_of_plain_http_contain_a_valid_token(place):
     """So the tests above and below can fail."""
     with place.dashboard() as server:
         web1 = place.host(server, "web1")
@@ -261,14 +261,14 @@ def test_socket_in_a_directory_that_others_can_write_is_not_used(
 
 @pytest.mark.parametrize("mode, found", [
     (0o775, False), (0o757, False), (0o1777, True)])
-def test_others_must_not_be_able_to_replace_the_directory(
+def test_directory_that_others_can_replace_is_not_trusted(
         place, listening, mode, found):
     os.chmod(place.path, mode)
     assert is_found(listening) == found
 
 
 @support.root_only
-def test_directory_above_of_another_user_is_not_trusted(place, listening):
+def test_directory_below_one_of_another_user_is_not_trusted(place, listening):
     os.chown(place.path, MALLORY_UID, MALLORY_UID)
     assert not is_found(listening)
 

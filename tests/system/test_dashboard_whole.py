@@ -76,7 +76,7 @@ def job_row(label: str) -> str:
 # --- in the browser
 
 
-def test_what_d_new_says_opens_the_page_and_another_passphrase_does_not(
+def test_printed_passphrase_opens_the_page_and_another_does_not(
         server, web1_host, operator, browser):
     assert f"{server.url}/#{operator.dash}" in web1_host.printed
     browser.go(f"{server.url}/#{operator.dash}")
@@ -94,8 +94,7 @@ def test_what_d_new_says_opens_the_page_and_another_passphrase_does_not(
                                                ".documentElement.outerHTML")
 
 
-def test_a_job_shows_as_soon_as_it_is_in_the_tab_with_its_next_start(
-        web1_host, browser):
+def test_job_added_to_the_tab_is_shown_with_its_next_start(web1_host, browser):
     words = browser.wait(f"{job_row('Daily')}?.querySelector('.c-next "
                          "time')?.innerText")
     assert words.startswith("in ") or words == "now"
@@ -108,12 +107,12 @@ def test_a_job_shows_as_soon_as_it_is_in_the_tab_with_its_next_start(
     browser.wait(f"{job_row('Later')}?.innerText.includes('in no tab')")
 
 
-def test_the_run_at_boot_was_told(browser):
+def test_run_of_a_boot_job_is_shown(browser):
     browser.wait(f"{job_row('Boot')}?.querySelector('.c-is')?.innerText"
                  " === 'ok'")
 
 
-def test_a_form_runs_a_job_and_its_output_comes_in_live(
+def test_form_starts_a_job_and_its_output_is_shown_live(
         server, web1_host, operator, browser):
     browser.press("Jobs")
     browser.click("a[aria-label='Run Args']")
@@ -179,7 +178,7 @@ def test_a_long_run_is_killed_from_the_page(web1_host, operator, browser):
     assert operator.runs("Long")[0]["signal"] == 15
 
 
-def test_the_search_finds_a_line_and_leads_to_it(browser):
+def test_search_finds_a_line_and_opens_it(browser):
     browser.insert("#find input", "`three`")
     browser.keys("Enter")
     browser.wait("document.querySelector('.matches a')")
@@ -190,8 +189,8 @@ def test_the_search_finds_a_line_and_leads_to_it(browser):
     assert "?q=" in browser.js("return location.hash")
 
 
-def test_a_viewer_sees_all_and_can_run_nothing(server, web1_host, operator,
-                                               browser):
+def test_viewer_sees_all_jobs_and_cannot_run_any(
+        server, web1_host, operator, browser):
     viewer = operator.viewer_token()
     browser.open(server.url, f"view-{viewer}")
     browser.wait(job_row("Args"))
@@ -223,7 +222,7 @@ def test_a_viewer_sees_all_and_can_run_nothing(server, web1_host, operator,
     assert len(operator.runs("Quick")) == before
 
 
-def test_from_the_login_to_a_finished_run_by_keyboard_alone(
+def test_keyboard_alone_suffices_from_login_to_finished_run(
         server, web1_host, operator, browser):
     browser.go(server.url)
     browser.wait("document.activeElement.id === 'secret'")
@@ -249,7 +248,7 @@ def test_from_the_login_to_a_finished_run_by_keyboard_alone(
     browser.wait("!document.querySelector('#shortcuts').open")
 
 
-def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
+def test_two_hosts_are_shown_and_a_job_is_run_on_the_chosen_one(
         server, web1_host, operator, browser):
     web2 = server.add_host("web2", '"Fail" @manual echo I am two; exit 4\n'
                               '"Two" @manual echo two\n'
@@ -278,7 +277,7 @@ def test_two_hosts_stand_side_by_side_and_a_run_is_asked_for_by_name(
     assert done.code == 1 and "wrong passphrase for " in done.err, done
 
 
-def test_a_run_by_the_schedule_comes_in_while_one_looks(operator, browser):
+def test_scheduled_run_appears_on_the_open_page(operator, browser):
     """Its clock was set so that a minute is over about now."""
     browser.visit("jobs")
     browser.wait(f"{job_row('Tick')}?.querySelector('.c-history svg')", 60)
@@ -287,8 +286,8 @@ def test_a_run_by_the_schedule_comes_in_while_one_looks(operator, browser):
     assert operator.runs("Tick")[0]["trigger"] == "schedule"
 
 
-def test_missions_ping_shows_beside_the_jobs(server, operator, browser,
-                                             tmp_path):
+def test_ping_of_mission_is_shown_with_the_jobs(
+        server, operator, browser, tmp_path):
     key = operator.ask("state")["dash"]["ping_key"]
     scratch = support.Scratch(tmp_path)
     scratch.task("say", "echo hello from mission")
@@ -479,8 +478,7 @@ def unshown(browser, wanted: list[str]) -> list[str]:
     return [one for one in wanted if one not in text]
 
 
-def test_two_hundred_strings_in_every_field_are_text_and_nothing_else(
-        second, browser):
+def test_hostile_text_in_any_field_of_a_run_is_shown_as_text(second, browser):
     assert len(set(CORPUS)) == 200
     run, check = lies(second)
     form = next(job["id"] for job in second.ask("state")["jobs"]
@@ -511,7 +509,7 @@ def test_two_hundred_strings_in_every_field_are_text_and_nothing_else(
     print("XSS strings shown as text:", counts)
 
 
-def test_over_plain_http_by_a_name_the_keys_are_made_by_the_pages_own_means(
+def test_page_over_plain_http_derives_keys_without_crypto_subtle(
         server, web1_host, operator, browser):
     """Where the browser offers none: there is no secure context."""
     url = f"http://koi.test:{server.port}"
@@ -530,7 +528,7 @@ def test_over_plain_http_by_a_name_the_keys_are_made_by_the_pages_own_means(
                           ) == []
 
 
-def test_the_page_from_disk_does_the_same_with_no_code_of_the_servers(
+def test_page_from_disk_runs_a_job_without_code_of_the_server(
         server, web1_host, operator, browser, tmp_path):
     done = web1_host.koitab("page", server.url)
     assert done.code == 0, done
@@ -549,7 +547,7 @@ def test_the_page_from_disk_does_the_same_with_no_code_of_the_servers(
     browser.wait("document.querySelector('.matches a')")
 
 
-def test_who_guesses_is_told_how_long_to_wait_and_the_right_key_opens(
+def test_wrong_passphrases_have_to_wait_and_the_right_one_opens(
         browser, tmp_path):
     with DashboardProcess(tmp_path) as other:
         other.set_up()
@@ -574,7 +572,7 @@ def test_who_guesses_is_told_how_long_to_wait_and_the_right_key_opens(
                          HOST_TOKEN).status == 200
 
 
-def test_after_rotate_the_old_passphrase_is_worth_nothing_and_others_rejoin(
+def test_rotate_invalidates_the_old_passphrase_and_other_hosts_rejoin(
         server, web1_host, operator, browser):
     browser.open(f"{server.url}/#{operator.dash}", operator.password)
     browser.wait(job_row("Quick"))
@@ -616,7 +614,8 @@ def test_after_rotate_the_old_passphrase_is_worth_nothing_and_others_rejoin(
     browser.wait(f"!document.body.innerText.includes({json.dumps(other)})")
 
 
-def test_who_is_off_is_no_host_any_more_and_what_it_did_stays(server, browser):
+def test_host_that_left_is_no_longer_a_member_and_its_runs_are_kept(
+        server, browser):
     web2 = server.hosts["web2"]
     done = web2.koitab("-d", "off")
     assert done.code == 0 and "does not belong" in done.out, done
@@ -632,7 +631,7 @@ def test_who_is_off_is_no_host_any_more_and_what_it_did_stays(server, browser):
     assert web2.koitab("-d", "show").code == 1
 
 
-def test_what_went_on_in_a_history_that_is_lost_goes_on_no_more(second):
+def test_running_runs_of_a_lost_history_become_interrupted(second):
     liar = Liar(second, 7)
     record = {"run": 1, "change": 1, "user": "root", "tag": "lost",
               "label": "Lost", "trigger": "manual", "state": "running",
@@ -650,7 +649,7 @@ def test_what_went_on_in_a_history_that_is_lost_goes_on_no_more(second):
     assert second.job("Lost")["running"] == []
 
 
-def test_what_a_link_had_in_hand_when_it_was_killed_goes_to_the_next(second):
+def test_request_held_by_a_killed_agent_is_sent_to_the_next_agent(second):
     liar = Liar(second, 9)
     body = second.request(liar.host, json.dumps(lie(1)))
     second.tell("requests", second.sealed(liar.host, body))
@@ -731,7 +730,7 @@ def firm(tmp_path_factory):
         server.assert_no_bugs()
 
 
-def test_what_was_signed_runs_once_and_its_run_is_told(firm):
+def test_signed_request_runs_once_and_its_run_is_reported(firm):
     body = firm.body("Typed")
     verdict = firm.answer(body)
     assert verdict["state"] == "accepted" and verdict["reason"] == ""
@@ -781,7 +780,7 @@ def honest(firm, body):
      honest, "choose one of"),
     ("Daily", {"args": {}}, honest, "only jobs that are @manual"),
     ("Typed here", {}, honest, "from a terminal only")])
-def test_what_is_not_as_it_should_be_is_refused_with_the_reason(
+def test_mismatched_request_is_refused_by_koid_with_the_reason(
         firm, name, changes, seal, why):
     firm.settled()
     before = firm.done.read_text()
@@ -798,7 +797,7 @@ def test_what_is_not_as_it_should_be_is_refused_with_the_reason(
     {"exp": 1_700_000_300_000, "iat": 1_700_000_000_000},
     {"exp": 4_000_000_300_000, "iat": 4_000_000_000_000},
     {"host": "0" * 32}, {"dash": "0" * 16}])
-def test_what_cannot_be_meant_is_refused_at_the_door(firm, changes):
+def test_malformed_request_is_refused_by_the_dashboard(firm, changes):
     body = firm.body(**changes)
     reply = firm.post(firm.operator.sealed(firm.hosts[0], body))
     assert reply.status == 400 and reply.json["error"], reply
@@ -807,8 +806,7 @@ def test_what_cannot_be_meant_is_refused_at_the_door(firm, changes):
     assert firm.ran(body["nonce"]) == 0
 
 
-def test_a_job_that_changes_between_the_list_and_the_request_does_not_run(
-        firm):
+def test_job_changed_after_the_list_is_not_run_by_the_request(firm):
     body = firm.body()
     firm.koids[0].install(firm.tab.replace("echo {{Nonce}}",
                                            "echo not {{Nonce}}"))
@@ -819,7 +817,7 @@ def test_a_job_that_changes_between_the_list_and_the_request_does_not_run(
     assert firm.ran(body["nonce"]) == 0
 
 
-def test_the_same_request_twice_is_one(firm):
+def test_repeated_request_runs_once(firm):
     body = firm.body()
     sealed = honest(firm, body)
     first = firm.answer(body)
@@ -856,7 +854,7 @@ def test_compromised_dashboard_starts_no_run_by_replaying_requests(firm):
     print(f"replayed {len(nonces)}, executed 0")
 
 
-def test_one_that_dates_an_old_request_into_the_future_runs_nothing(firm):
+def test_dashboard_cannot_extend_the_expiry_of_a_request(firm):
     """The dashboard's own idea of when it expires counts for nothing."""
     body = firm.body(iat=int(time.time() * 1000) - 400_000,
                      exp=int(time.time() * 1000) - 100_000)
@@ -871,7 +869,7 @@ def test_one_that_dates_an_old_request_into_the_future_runs_nothing(firm):
     assert firm.ran(body["nonce"]) == 0
 
 
-def test_a_request_that_no_host_fetches_expires(firm):
+def test_request_that_no_host_fetches_expires(firm):
     firm.koids[1].stop()
     now = int(time.time() * 1000)
     body = firm.body(at=1, iat=now, exp=now + 1_500)
@@ -883,7 +881,7 @@ def test_a_request_that_no_host_fetches_expires(firm):
     assert firm.ran(body["nonce"]) == 0
 
 
-def test_a_host_restored_from_a_backup_runs_nothing_again_and_goes_on(firm):
+def test_host_restored_from_a_backup_repeats_no_request_and_continues(firm):
     """What it ran since the backup it has forgotten; so it takes nothing
     that is older than the day of its return."""
     koid = firm.koids[0]
