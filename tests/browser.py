@@ -1,6 +1,7 @@
-"""A browser for tests: Chromium by the W3C WebDriver protocol, over urllib.
+"""Browsers for tests: Chromium, Firefox and WebKit by the W3C WebDriver
+protocol, with the standard library alone.
 
-Everything stays on loopback: the page, chromedriver (on a free port of its
+Everything stays on loopback: the page, the driver (on a free port of its
 own) and what the browser would ask for by itself (switched off by flags).
 """
 
@@ -42,44 +43,53 @@ class BrowserError(Exception):
     """What the driver says went wrong."""
 
 
-class Browser:
-    """One window. `with Browser() as browser: browser.go(url)`."""
+def end_group(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(5)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
 
-    def __init__(self, size=(1280, 900), flags=(), dark=False, scale=1):
-        support.need("chromium", "chromedriver")
+
+class WebDriver:
+    """One window of a browser, driven by the W3C WebDriver protocol. Each
+    engine has a subclass; `with Browser() as browser: browser.go(url)`."""
+
+    def __init__(self):
         self.home = tempfile.mkdtemp(prefix="browser-")
+        self.session, self.processes = None, []
+        self.log = open(os.path.join(self.home, "driver.log"), "wb")
+
+    def start(self, command: list, env=(), **options) -> subprocess.Popen:
+        """Start a process in a home and a process group of its own, which
+        end with this browser."""
+        environment = {**os.environ, "HOME": self.home, "TMPDIR": self.home,
+                       "XDG_RUNTIME_DIR": self.home,
+                       "DBUS_SESSION_BUS_ADDRESS": "disabled:", **dict(env)}
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self.log,
+            stderr=self.log, env=environment, start_new_session=True,
+            **options)
+        self.processes.append(process)
+        return process
+
+    def start_driver(self, program: str, env=()) -> None:
+        """Start a driver that speaks HTTP, and wait until it answers."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.base, self.session = f"http://127.0.0.1:{port}", None
+        self.base = f"http://127.0.0.1:{port}"
         self.opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}))
-        self.log = open(os.path.join(self.home, "driver.log"), "wb")
-        environment = {**os.environ, "HOME": self.home, "TMPDIR": self.home}
-        environment.pop("DBUS_SESSION_BUS_ADDRESS", None)
-        self.driver = subprocess.Popen(
-            [support.find("chromedriver"), f"--port={port}"],
-            stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
-            env=environment, start_new_session=True)
-        try:
-            self.begin(size, [*flags, f"--force-device-scale-factor={scale}",
-                              *(["--force-dark-mode"] if dark else [])])
-        except BaseException:
-            self.close()
-            raise
+        self.start([support.find(program), f"--port={port}"], env)
+        support.wait_until(self.ready, 30, program)
 
-    def begin(self, size, flags):
-        support.wait_until(self.ready, 30, "chromedriver")
-        flags = [*FLAGS, *flags, f"--user-data-dir={self.home}/profile"]
-        if os.geteuid() == 0:
-            flags.append("--no-sandbox")    # it will not start as root else
-        self.session = self.call("POST", "/session", {"capabilities": {
-            "alwaysMatch": {
-                "browserName": "chrome", "goog:chromeOptions": {
-                    "binary": support.find("chromium"), "args": flags},
-                "goog:loggingPrefs": {"browser": "ALL"}}}},
+    def new_session(self, capabilities: dict) -> None:
+        self.session = self.call("POST", "/session", {
+            "capabilities": {"alwaysMatch": capabilities}},
             root=True)["sessionId"]
-        self.size(*size)
 
     def ready(self) -> bool:
         try:
@@ -117,16 +127,19 @@ class Browser:
 
     def with_element(self, css: str, method: str, what: str, body=None):
         """Do something with the first element that fits. The page may
-        replace an element between the two calls: then find the new one."""
+        replace an element between the two calls: then find the new one. And
+        WebKit cannot click on what it has not drawn yet."""
         end = time.monotonic() + 30
         while True:
             try:
                 return self.call(method, f"/element/{self.find(css)}/{what}",
                                  body)
             except BrowserError as error:
-                if not str(error).startswith("stale element reference") \
-                        or time.monotonic() > end:
+                if not str(error).startswith((
+                        "stale element reference", "element not interactable")
+                        ) or time.monotonic() > end:
                     raise
+            time.sleep(0.03)
 
     def click(self, css: str) -> None:
         """A real click: the element must be seen and not covered."""
@@ -134,6 +147,13 @@ class Browser:
 
     def type(self, css: str, text: str) -> None:
         self.with_element(css, "POST", "value", {"text": text})
+
+    def insert(self, css: str, text: str) -> None:
+        """Put text in the place of what is in a field: all of Unicode, of
+        which WebKit's driver types only the Basic Multilingual Plane."""
+        self.click(css)
+        self.js("document.activeElement.select(); document.execCommand("
+                "'insertText', false, arguments[0])", text)
 
     def text(self, css: str) -> str:
         return self.with_element(css, "GET", "text")
@@ -166,6 +186,53 @@ class Browser:
                 raise BrowserError(f"never true: {question}")
             time.sleep(0.03)
 
+    def shot(self, path: str) -> None:
+        with open(path, "wb") as file:
+            file.write(base64.b64decode(self.call("GET", "/screenshot")))
+
+    def close(self) -> None:
+        try:
+            if self.session:
+                self.call("DELETE", "")
+        except (OSError, BrowserError):
+            pass
+        self.session = None
+        for process in reversed(self.processes):
+            end_group(process)
+        self.log.close()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_why):
+        self.close()
+
+
+class Browser(WebDriver):
+    """Chromium, with what its own protocol can do besides."""
+
+    def __init__(self, size=(1280, 900), flags=(), dark=False, scale=1):
+        support.need("chromium", "chromedriver")
+        super().__init__()
+        try:
+            self.start_driver("chromedriver")
+            self.begin(size, [*flags, f"--force-device-scale-factor={scale}",
+                              *(["--force-dark-mode"] if dark else [])])
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, size, flags):
+        flags = [*FLAGS, *flags, f"--user-data-dir={self.home}/profile"]
+        if os.geteuid() == 0:
+            flags.append("--no-sandbox")    # it will not start as root else
+        self.new_session({
+            "browserName": "chrome", "goog:chromeOptions": {
+                "binary": support.find("chromium"), "args": flags},
+            "goog:loggingPrefs": {"browser": "ALL"}})
+        self.size(*size)
+
     def console(self) -> list[str]:
         """What the console was told since the last time."""
         return [entry["message"] for entry
@@ -185,30 +252,3 @@ class Browser:
     def command(self, name: str, **values):
         return self.call("POST", "/goog/cdp/execute",
                          {"cmd": name, "params": values})
-
-    def shot(self, path: str) -> None:
-        with open(path, "wb") as file:
-            file.write(base64.b64decode(self.call("GET", "/screenshot")))
-
-    def close(self) -> None:
-        try:
-            if self.session:
-                self.call("DELETE", "")
-        except (OSError, BrowserError):
-            pass
-        self.session = None
-        if self.driver.poll() is None:
-            os.killpg(self.driver.pid, signal.SIGTERM)
-            try:
-                self.driver.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.driver.pid, signal.SIGKILL)
-                self.driver.wait()
-        self.log.close()
-        shutil.rmtree(self.home, ignore_errors=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_why):
-        self.close()

@@ -53,7 +53,7 @@ SECONDS = {
     "test_mission_run.py": 17, "test_golden.py": 14,
     "test_koitab_link.py": 14, "test_mission_processes.py": 13,
     "test_mission_files.py": 13, "test_koid_dashboard.py": 13,
-    "test_dashboard_kills.py": 12,
+    "test_dashboard_kills.py": 12, "test_dashboard_engines.py": 20,
     "test_koitab_hub.py": 10, "test_koitab_crontab.py": 10,
 }
 

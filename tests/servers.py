@@ -452,6 +452,19 @@ class Proxy(Web):
 # A desk: an X server, a session bus and dunst, all private
 # ==========================================================================
 
+def start_display(start) -> str:
+    """The value of DISPLAY for a new X server, as soon as it takes clients.
+    start(command, pass_fds=...) starts a process, and ends it later."""
+    ours, its = os.pipe()
+    with open(ours) as numbers:
+        start(["Xvfb", "-displayfd", str(its), "-ac", "-nolisten", "tcp",
+               "-screen", "0", "1280x900x24"], pass_fds=[its])
+        os.close(its)
+        if not select.select([numbers], [], [], 20)[0]:
+            raise RuntimeError("Xvfb did not come up")
+        return ":" + numbers.readline().strip()
+
+
 class Desk:
     """Notifications shown to one user, read back with `shown()`.
 
@@ -478,7 +491,7 @@ class Desk:
 
     def __enter__(self):
         try:
-            self.env["DISPLAY"] = ":" + self.display()
+            self.env["DISPLAY"] = start_display(self.start)
             self.start(self.before(["dbus-daemon", "--session", "--nofork",
                                     "--nopidfile", "--address", self.bus]))
             support.wait_until((self.runtime / "bus").exists, what="a bus")
@@ -489,17 +502,6 @@ class Desk:
             self.__exit__()
             raise
         return self
-
-    def display(self) -> str:
-        """A free display number, once its server takes clients."""
-        ours, its = os.pipe()
-        with open(ours) as numbers:
-            self.start(["Xvfb", "-displayfd", str(its), "-ac", "-nolisten",
-                        "tcp", "-screen", "0", "320x200x24"], pass_fds=[its])
-            os.close(its)
-            if not select.select([numbers], [], [], 20)[0]:
-                raise RuntimeError("Xvfb did not come up")
-            return numbers.readline().strip()
 
     def __exit__(self, *error):
         for process in reversed(self.processes):
