@@ -122,7 +122,8 @@ KOI_SKIP=2026-12-24
     koi.ended("slow", count=2)
 
 
-def test_follower_of_a_run_that_ended_while_no_koid_ran_starts(koi, clock):
+def test_follower_starts_after_a_run_that_ended_while_koid_was_down(
+        koi, clock):
     wait = f"until test -e {koi.folder}/go; do sleep 0.01; done"
     koi.tab(QUIET + f'"A" 0 * * * * {wait}\n"B" @after "A" echo b\n')
     clock.start(EVE + 1)
@@ -140,8 +141,8 @@ def test_follower_of_a_run_that_ended_while_no_koid_ran_starts(koi, clock):
 
 @pytest.mark.parametrize("method, after", [("record_end", False),
                                            ("start_runs", True)])
-def test_koid_killed_at_the_commit_starts_the_follower_once(koi, clock,
-                                                            method, after):
+def test_follower_starts_once_if_koid_is_killed_at_the_commit(
+        koi, clock, method, after):
     koi.tab(QUIET + '"A" 0 * * * * true\n"B" @after "A" echo b\n')
     before = koi.patch
     koi.patch += STRIKE.format(method=method, after=after)

@@ -221,7 +221,7 @@ def scenes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_koid_starts_what_debians_cron_starts(scenes, name):
+def test_koid_makes_exactly_the_starts_of_debians_cron(scenes, name):
     played = scenes[name].result()
     compared = Comparison(name, played["cron"], played["koid"])
     print(f"\n{name}: {compared}", end=" ")
@@ -230,12 +230,12 @@ def test_koid_starts_what_debians_cron_starts(scenes, name):
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_the_plan_has_what_debians_cron_starts(scenes, name):
+def test_plan_has_exactly_the_starts_of_debians_cron(scenes, name):
     compared = Comparison(name, scenes[name].result()["cron"], planned(name))
     assert not compared.differ, compared.details()
 
 
-def test_each_of_thirty_lines_starts_somewhere(scenes):
+def test_every_line_starts_in_some_scenario(scenes):
     for lines in (MANY, FEW) if support.FULL else (MANY,):
         started = {line for name, scene in scenes.items()
                    if SCENES[name][2] is lines
@@ -243,7 +243,7 @@ def test_each_of_thirty_lines_starts_somewhere(scenes):
         assert (len(lines), started) == (30, set(range(1, 31)))
 
 
-def test_all_scenes_together_have_more_than_a_thousand_starts(scenes):
+def test_scenarios_have_more_than_a_thousand_equal_starts_together(scenes):
     both = [scene.result() for scene in scenes.values()]
     compared = [Comparison(name, starts["cron"], starts["koid"])
                 for name, starts in zip(SCENES, both)]
@@ -259,7 +259,8 @@ def test_all_scenes_together_have_more_than_a_thousand_starts(scenes):
     ("set back by 11 minutes", "if wildcard and not MINUTE",
      "if not MINUTE"),
 ])
-def test_another_rule_would_be_seen(tmp_path, name, rule, changed):
+def test_comparison_with_cron_detects_a_changed_rule(
+        tmp_path, name, rule, changed):
     support.need("cron", "faketime", "unshare")
     support.need_zone(BERLIN)
     support.need_zone(LORD_HOWE)

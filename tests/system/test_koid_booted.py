@@ -199,7 +199,7 @@ def computer(tmp_path):
         computer.remove()
 
 
-def test_from_cron_to_koid_and_through_a_restart_and_a_reboot(computer):
+def test_machine_changes_from_cron_to_koid_and_survives_a_reboot(computer):
     # koid beside cron, as in "Install koi": it answers when systemctl
     # returns, and is a unit that is ready.
     (computer.root / "etc/cron.d/site").write_text(
@@ -276,7 +276,7 @@ def test_from_cron_to_koid_and_through_a_restart_and_a_reboot(computer):
     assert (computer.root / "root/boots").read_text() == "up\n"
 
 
-def test_a_dashboard_of_koid_through_a_reboot_and_into_a_unit(computer):
+def test_embedded_dashboard_survives_a_reboot_and_moves_into_a_unit(computer):
     for command in readme("Install koi", "install -m"):
         computer.do(command)
     for command in readme("A dashboard in five minutes", "koitab -d new"):

@@ -75,7 +75,8 @@ WORLDS = [pytest.param(CHANGE_TO_SUMMER - 240, 20 if support.FULL else 4, [
 
 
 @pytest.mark.parametrize("base, minutes, jobs", WORLDS)
-def test_no_start_is_made_twice_whatever_fails(tmp_path, base, minutes, jobs):
+def test_group_makes_no_start_twice_under_random_faults(
+        tmp_path, base, minutes, jobs):
     """100 starts through the gap; in the long form 500, and 500 through the
     fold, each of which has 60 seconds."""
     support.need("etcd", "ip", "unshare", "nsenter")

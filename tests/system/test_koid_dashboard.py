@@ -133,7 +133,7 @@ def test_new_alone_starts_a_dashboard_and_connects_koid(host, options):
     assert again.code == 1 and "belongs to" in again.err
 
 
-def test_the_dashboard_has_no_right_but_its_database(host):
+def test_dashboard_can_access_only_its_database(host):
     host.start().new()
     uid = koitab.DASHBOARD_UID if support.AS_ROOT else os.geteuid()
     try:
@@ -157,7 +157,7 @@ def test_the_dashboard_has_no_right_but_its_database(host):
             assert str(host.home) + "/" not in os.readlink(fd)
 
 
-def test_a_later_koid_runs_the_dashboard_again_at_the_same_port(host):
+def test_restarted_koid_runs_the_dashboard_on_the_same_port(host):
     host.start().new()
     pid = host.pid()
     host.stop()
@@ -169,7 +169,7 @@ def test_a_later_koid_runs_the_dashboard_again_at_the_same_port(host):
                "koid to be connected")
 
 
-def test_no_dashboard_runs_where_none_was_asked_for(host):
+def test_koid_runs_no_dashboard_unless_one_was_created(host):
     host.start()
     assert host.pid() == 0 and not host.directory.exists()
 
@@ -211,7 +211,7 @@ def test_new_without_koid_says_how_to_start_it(host):
         1, "", "koitab: error: koid is not running\nkoitab: hint: koid &\n")
 
 
-def test_a_port_that_another_program_has_is_named(host):
+def test_port_used_by_another_program_is_reported(host):
     with contextlib.closing(koitab.socket.create_server(
             ("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
@@ -362,7 +362,7 @@ def test_a_field_of_a_mail_cannot_add_a_header(field, value, expected):
 
 @pytest.mark.parametrize("to", [
     "-oQ/tmp@example.org", "root", "a@b, c@d", "a@b\nBcc: c@d", "|sh@x", ""])
-def test_a_recipient_that_is_not_one_address_gets_no_mail(to):
+def test_recipient_that_is_not_a_single_address_gets_no_mail(to):
     for fields in ({"to": to}, {"sender": to or "-"}):
         assert koitab.send_alert_mail("web1", {**MAIL, **fields}, {}) \
             == "invalid email address"
@@ -394,7 +394,7 @@ def test_no_dashboard_runs_as_the_uid_of_an_account(taken_over, monkeypatch):
         "koi-dashboard")
 
 
-def test_mails_of_a_dashboard_are_few(taken_over):
+def test_number_of_mails_of_a_dashboard_is_limited(taken_over):
     for _ in range(koitab.MOST_ALERT_MAILS):
         assert taken_over.take({"op": "mail", "mail": MAIL}) is None
         taken_over.mailers.clear()
@@ -402,14 +402,14 @@ def test_mails_of_a_dashboard_are_few(taken_over):
         {"op": "mail", "mail": MAIL})["error"]
 
 
-def test_sendmails_of_a_dashboard_are_few_at_once(taken_over):
+def test_number_of_concurrent_sendmails_of_a_dashboard_is_limited(taken_over):
     mail = {"op": "mail", "mail": MAIL}
     assert taken_over.take(mail) is None
     taken_over.mailers.update((1, 2))
     assert "2 at once" in taken_over.take(mail)["error"]
 
 
-def test_lines_of_a_dashboard_in_the_log_are_few_and_short(taken_over):
+def test_log_lines_of_a_dashboard_are_limited_in_number_and_length(taken_over):
     for _ in range(100):
         taken_over.take({"op": "log", "text": "x" * 10_000})
         taken_over.take({"op": "state", "problem": os.urandom(1000).hex()})
@@ -417,8 +417,8 @@ def test_lines_of_a_dashboard_in_the_log_are_few_and_short(taken_over):
     assert max(map(len, taken_over.lines_logged)) < 1100
 
 
-def test_a_dashboard_can_make_koid_write_one_file_once(taken_over,
-                                                       monkeypatch):
+def test_dashboard_cannot_make_koid_write_more_than_one_file_once(
+        taken_over, monkeypatch):
     written = []
     monkeypatch.setattr(taken_over.machine, "write_file",
                         lambda *values: written.append(values))
@@ -430,7 +430,8 @@ def test_a_dashboard_can_make_koid_write_one_file_once(taken_over,
 @pytest.mark.parametrize("request_", [
     {}, {"op": "run", "job": "Hello"}, {"op": "mail"}, {"op": ["mail"]},
     {"op": "mail", "mail": {**MAIL, "at": "now"}}, {"op": "state"}])
-def test_what_a_dashboard_may_not_ask_for_is_an_error(taken_over, request_):
+def test_request_that_a_dashboard_may_not_make_is_an_error(
+        taken_over, request_):
     with pytest.raises((KeyError, ValueError, TypeError)):
         taken_over.take(request_)
 
@@ -472,7 +473,8 @@ def test_a_dashboard_that_root_starts_becomes_another_user(host, by_itself):
     (("--db", "of-root/db"), 1, "of-root does not belong to uid 61170: "
      "another dashboard may use it\n"
      "koitab: hint: koitab dashboard -u USER\n")])
-def test_a_database_of_root_is_not_taken_over(host, options, status, words):
+def test_dashboard_refuses_a_database_owned_by_root(
+        host, options, status, words):
     (host.home / "dashboard.db").touch()
     (host.folder / "of-root").mkdir()
     done = host.koitab("dashboard", "--listen", "127.0.0.1:0", *options)
@@ -513,7 +515,7 @@ def exposure(folder: Path, service: str, *options: str) -> tuple[str, set]:
 
 
 @support.root_only
-def test_exposure_of_the_units_is_known_and_has_reasons(tmp_path):
+def test_exposure_of_the_units_is_documented_with_reasons(tmp_path):
     figure, points = exposure(tmp_path, "koi-dashboard", "dashboard")
     assert float(figure) <= 1.3 and points <= set(OPEN_POINTS), points
     # A port below 1024 needs a capability of the host's.

@@ -76,7 +76,7 @@ def koi(request, tmp_path):
     koi.end_jobs()
 
 
-def test_a_job_survives_koid_and_its_output_is_kept(koi):
+def test_job_survives_the_end_of_koid_and_its_output_is_kept(koi):
     fifo = koi.folder / "fifo"
     os.mkfifo(fifo)
     koi.tab(f'"it" @manual echo before; read word < {fifo}; echo $word\n')
@@ -113,7 +113,7 @@ def test_a_second_run_is_skipped_while_an_adopted_one_is_running(koi):
     assert koi.row(run)["state"] == "running"
 
 
-def test_a_supervisor_that_was_killed_is_noticed(koi):
+def test_run_of_a_killed_supervisor_is_interrupted(koi):
     koi.tab('"it" @manual sleep 600\n')
     koi.start()
     run = koi.launch("it")
@@ -156,7 +156,7 @@ def test_jobs_of_a_boot_run_again_after_the_next_boot(koi):
                                              "the machine went down")
 
 
-def test_a_boot_id_that_changed_does_not_end_a_job(koi):
+def test_changed_boot_id_does_not_end_a_job(koi):
     """kern.boottime of a BSD does when the clock is set."""
     koi.tab('"long" @manual sleep 600\n')
     koi.start()
@@ -198,7 +198,7 @@ def test_a_user_with_more_than_16_groups_runs_jobs(koi):
         word for word in koi.text_of(run).split() if word.isdigit()]
 
 
-def test_a_long_path_of_the_socket_is_reached(koi):
+def test_socket_with_a_long_path_is_reachable(koi):
     koi.home = koi.folder / ("d" * 100)
     koi.home.mkdir(mode=0o700)
     (koi.home / "tabs").mkdir(mode=0o700)
@@ -221,7 +221,7 @@ def test_a_shell_that_cannot_be_started_is_recorded(koi, shell, why):
     assert f"could not start: {shell}: {why}" in row["reason"]
 
 
-def test_a_run_reaches_a_dashboard(koi, tmp_path):
+def test_run_is_shown_by_a_dashboard_on_the_simulated_machine(koi, tmp_path):
     """All three are on such a machine: the dashboard, koid and its agent
     (which is a fresh Python, and so the one of this machine)."""
     start = koi.place.command(["python"])[:-1]

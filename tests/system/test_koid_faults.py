@@ -89,7 +89,7 @@ def clock(koi):
 # The sweep: killed at any call -----------------------------------------------
 
 
-def test_koid_killed_at_any_call_loses_and_doubles_nothing(tmp_path):
+def test_koid_killed_at_any_system_call_loses_and_repeats_no_run(tmp_path):
     support.need("strace")
     most = 40 if support.FULL else 10
     seen, hits = koid_kills.kill_koid(koid_kills.Rig(tmp_path), most)
@@ -97,7 +97,7 @@ def test_koid_killed_at_any_call_loses_and_doubles_nothing(tmp_path):
     assert hits >= most * 7 // 8 and seen["schedule done"] >= most // 2, seen
 
 
-def test_a_supervisor_killed_at_any_call_is_said_to_be_interrupted(tmp_path):
+def test_run_of_a_supervisor_killed_at_any_call_is_interrupted(tmp_path):
     support.need("strace")
     most = 20 if support.FULL else 6
     seen, hits = koid_kills.kill_supervisor(koid_kills.Rig(tmp_path), most)
@@ -105,8 +105,7 @@ def test_a_supervisor_killed_at_any_call_is_said_to_be_interrupted(tmp_path):
     assert hits >= most * 9 // 10 and seen["interrupted"] >= most // 2, seen
 
 
-def test_a_supervisor_that_stalls_while_koid_is_replaced_runs_nothing_twice(
-        tmp_path):
+def test_stalled_supervisor_of_an_earlier_koid_does_not_repeat_a_run(tmp_path):
     support.need("strace")
     most = 8 if support.FULL else 4
     seen, hits = koid_kills.stall_supervisor(koid_kills.Rig(tmp_path), most)
@@ -117,7 +116,7 @@ def test_a_supervisor_that_stalls_while_koid_is_replaced_runs_nothing_twice(
 # koid is killed --------------------------------------------------------------
 
 
-def test_no_start_is_lost_when_koid_is_back_within_the_minute(koi, clock):
+def test_no_start_is_lost_if_koid_restarts_within_the_minute(koi, clock):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n')
     clock.start(NOON + 30)
     koi.stop(signal.SIGKILL)
@@ -131,7 +130,7 @@ def test_no_start_is_lost_when_koid_is_back_within_the_minute(koi, clock):
     assert truth(koi) == [run["run"]] and states(koi) == ["done"]
 
 
-def test_starts_for_which_koid_was_not_there_are_called_missed(koi, clock):
+def test_starts_due_while_koid_was_down_are_missed(koi, clock):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
             f'"noon" 1 12 * * * {keep(koi)}\n"late" 0 13 * * * true\n')
     clock.start(NOON + 30)
@@ -150,8 +149,8 @@ def test_starts_for_which_koid_was_not_there_are_called_missed(koi, clock):
 
 
 @pytest.mark.parametrize("opens", ["before the restart", "after it"])
-def test_many_jobs_outlive_koid_and_nothing_of_them_is_lost(koi, gate,
-                                                            opens):
+def test_running_jobs_survive_koid_and_their_results_are_kept(
+        koi, gate, opens):
     count = 50 if support.FULL else 12
     koi.tab(f'{QUIET}"slow" @manual echo begun; {gate.wait}; {keep(koi)}; '
             "seq 2000; echo odd >&2; exit 3\n")
@@ -188,7 +187,7 @@ def killed_before_its_first_fork(koi, job: str, **args: str) -> int:
     return run
 
 
-def test_what_was_acknowledged_before_the_kill_is_started_after_it(koi):
+def test_run_acknowledged_before_a_kill_is_started_after_it(koi):
     koi.tab(f'{QUIET}"job" @manual echo {{{{Who}}}}; {keep(koi)}\n')
     run = killed_before_its_first_fork(koi, "job", Who="o'brien")
     for _ in range(3):
@@ -200,7 +199,7 @@ def test_what_was_acknowledged_before_the_kill_is_started_after_it(koi):
     assert koi.text_of(run).startswith("o'brien\n")
 
 
-def test_a_secret_is_nowhere_so_its_run_is_interrupted(koi):
+def test_queued_run_with_a_secret_is_interrupted_by_a_kill_of_koid(koi):
     koi.tab(f'{QUIET}"job" @manual echo {{{{Key, secret}}}}; {keep(koi)}\n')
     run = killed_before_its_first_fork(koi, "job", Key="tomato")
     koi.start()
@@ -217,8 +216,8 @@ def test_a_secret_is_nowhere_so_its_run_is_interrupted(koi):
     ("manual",   "@manual",   9 * MINUTE,  "done"),
     ("manual",   "@manual",   11 * MINUTE, "interrupted"),
 ])
-def test_what_had_no_time_to_begin_begins_soon_or_never(koi, clock, trigger,
-                                                        when, back, state):
+def test_run_not_begun_before_a_restart_begins_soon_or_never(
+        koi, clock, trigger, when, back, state):
     support.need("strace")
     koi.tab(f'{QUIET}"job" {when} {keep(koi)}\n')
     clock.start(NOON - MINUTE - 30)
@@ -233,7 +232,7 @@ def test_what_had_no_time_to_begin_begins_soon_or_never(koi, clock, trigger,
     assert truth(koi).count(run) == (state == "done")
 
 
-def test_sigterm_ends_koid_at_once_and_no_job(koi, clock, gate):
+def test_sigterm_ends_koid_at_once_but_no_job(koi, clock, gate):
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 7\n')
     clock.start(NOON)           # it stands: koid does not wait for a time
     run = koi.launch("slow")
@@ -249,7 +248,7 @@ def test_sigterm_ends_koid_at_once_and_no_job(koi, clock, gate):
     assert truth(koi) == [run]
 
 
-def test_sigterm_in_the_turn_of_another_signal_ends_koid(koi, clock):
+def test_sigterm_that_arrives_with_another_signal_ends_koid(koi, clock):
     """It comes after koid has looked for signals, and before it empties the
     pipe that the signals fill to wake it."""
     file = koi.folder / "stop"
@@ -270,7 +269,7 @@ k.Scheduler.start_queued = start_and_stop
     assert koi.daemon.wait(30) == 0
 
 
-def test_a_stop_is_clean_though_tabs_change_meanwhile(koi):
+def test_koid_stops_cleanly_while_tabs_change(koi):
     koi.tab('"job" @manual true\n')
     file = koi.home / "tabs" / koi.user
     code = ("import os, sys, time\nprint(flush=True)\n"
@@ -283,7 +282,7 @@ def test_a_stop_is_clean_though_tabs_change_meanwhile(koi):
             assert koi.start().stop() == 0
 
 
-def test_a_stopped_koid_has_no_timer_that_could_kill_it(koi):
+def test_ending_koid_has_no_active_timer(koi):
     """Python ends with the default action of SIGALRM."""
     at_exit = ("import atexit, signal\natexit.register(lambda: print('left', "
                "signal.getitimer(signal.ITIMER_REAL), file=sys.stderr))")
@@ -304,7 +303,7 @@ def test_other_signals_do_not_end_koid(koi):
     assert "Traceback" not in koi.log()
 
 
-def test_a_second_koid_says_so_and_leaves_the_first_alone(koi):
+def test_second_koid_is_refused_and_the_first_keeps_running(koi):
     koi.tab(f'"job" @manual {keep(koi)}\n')
     koi.start()
     second = subprocess.run(
@@ -319,7 +318,7 @@ def test_a_second_koid_says_so_and_leaves_the_first_alone(koi):
 # A supervisor is killed, or koid sleeps --------------------------------------
 
 
-def test_a_supervisor_that_is_told_to_stop_stays_with_its_job(koi, gate):
+def test_supervisor_ignores_signals_until_its_job_ends(koi, gate):
     # As systemd does to all of a unit, or a logout.
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 3\n')
     koi.start()
@@ -355,7 +354,7 @@ def test_a_killed_supervisor_leaves_its_output_and_is_not_replaced(
     assert truth(koi) == [run] and states(koi) == ["interrupted"]
 
 
-def test_all_supervisors_and_koid_killed_at_once_and_koid_starts_clean(
+def test_koid_starts_cleanly_after_all_supervisors_and_koid_were_killed(
         koi, gate):
     koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n'
             '"quick" @manual exit 4\n')
@@ -374,7 +373,7 @@ def test_all_supervisors_and_koid_killed_at_once_and_koid_starts_clean(
     wait_until(lambda: not os.listdir(koi.home / "runs"), 20, "no files")
 
 
-def test_a_koid_that_was_stopped_goes_on_as_if_nothing_had_been(koi, gate):
+def test_koid_continues_normally_after_sigstop_and_sigcont(koi, gate):
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; exit 5\n'
             f'"quick" @manual {keep(koi)}\n')
     koi.start()
@@ -406,7 +405,8 @@ def starts(koi, job: str) -> list[tuple]:
             for run in koi.history(job=job)][::-1]
 
 
-def test_eight_hours_of_suspend_are_no_burst(koi, clock):
+def test_starts_during_a_suspend_of_eight_hours_are_recorded_as_missed(
+        koi, clock):
     # At the wake-up the wall has moved on, and the ticks have not.
     koi.tab(f'{QUIET}"hourly" 0 * * * * {keep(koi)}\n'
             f'"daily" 0 15 * * * {keep(koi)}\n'
@@ -426,7 +426,7 @@ def test_eight_hours_of_suspend_are_no_burst(koi, clock):
     assert len(executed(koi)) == 1
 
 
-def test_what_the_clock_leapt_over_is_caught_up_with_once(koi, clock):
+def test_start_skipped_by_a_clock_jump_is_caught_up_once(koi, clock):
     koi.tab(f'{QUIET}KOI_CATCHUP=yes\n"daily" 0 15 * * * {keep(koi)}\n')
     clock.start(NOON + 30)
     clock.shift(8 * HOUR)
@@ -440,7 +440,7 @@ def test_what_the_clock_leapt_over_is_caught_up_with_once(koi, clock):
     assert len(truth(koi)) == 1
 
 
-def test_an_hour_forward_is_one_start_and_not_twelve(koi, clock):
+def test_clock_set_forward_an_hour_makes_each_fixed_start_once(koi, clock):
     koi.tab(f'{QUIET}"five" */5 * * * * {keep(koi)}\n'
             f'"half" 30 12 * * * {keep(koi)}\n')
     clock.start(NOON + 30)
@@ -458,7 +458,7 @@ def test_an_hour_forward_is_one_start_and_not_twelve(koi, clock):
     assert len(truth(koi)) == 3 and koi.problems() == ""
 
 
-def test_an_hour_back_repeats_no_fixed_time(koi, clock):
+def test_clock_set_back_an_hour_repeats_no_fixed_start(koi, clock):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
             f'"half" 30 11 * * * {keep(koi)}\n')
     clock.start(NOON - 31 * MINUTE + 30)
@@ -475,7 +475,7 @@ def test_an_hour_back_repeats_no_fixed_time(koi, clock):
     assert clock.sleep() == MINUTE
 
 
-def test_ten_years_forward_and_back_block_nothing(koi, clock):
+def test_clock_set_ten_years_forward_and_back_blocks_no_job(koi, clock):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n"hand" @manual true\n')
     years = 3653 * 24 * HOUR
     clock.start(NOON + 30)
@@ -514,8 +514,8 @@ SPRING, AUTUMN = 1_774_746_000, 1_792_890_000       # 01:00 UTC
     (AUTUMN - 3720, 130, "0 * * * *", 3),
     (AUTUMN - 3720, 130, "*/30 2 * * *", 4),
 ])
-def test_summer_time_comes_and_goes_with_one_start(koi, clock, begin,
-                                                   minutes, when, count):
+def test_changes_of_daylight_saving_time_make_one_start(
+        koi, clock, begin, minutes, when, count):
     support.need_zone("Europe/Berlin")
     koi.tab(f'{QUIET}"job" {when} {keep(koi)}\n')
     clock.start(begin + 30, TZ="Europe/Berlin")
@@ -527,7 +527,8 @@ def test_summer_time_comes_and_goes_with_one_start(koi, clock, begin,
     assert len(truth(koi)) == count
 
 
-def test_a_boot_with_a_clock_of_1970_waits_for_a_sane_one(koi, clock):
+def test_koid_booted_with_a_clock_of_1970_waits_until_the_clock_is_set(
+        koi, clock):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n'
             f'"boot" @reboot {keep(koi)}\n"hand" @manual true\n')
     clock.start(90)
@@ -543,7 +544,7 @@ def test_a_boot_with_a_clock_of_1970_waits_for_a_sane_one(koi, clock):
     assert koi.run("hand")[3]["exit"] == 0
 
 
-def test_a_clock_that_nobody_sets_is_believed_in_the_end(koi, clock):
+def test_clock_that_is_never_set_is_accepted_after_the_wait(koi, clock):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n"hand" @manual true\n')
     clock.start(90)
     assert "clock" in refused(koi, "hand")
@@ -554,7 +555,7 @@ def test_a_clock_that_nobody_sets_is_believed_in_the_end(koi, clock):
     assert koi.run("hand")[3]["exit"] == 0
 
 
-def test_what_was_missed_before_a_boot_in_1970_is_told_when_the_clock_is_set(
+def test_starts_missed_before_a_boot_in_1970_are_recorded_once_it_is_set(
         koi, clock):
     koi.tab(f'{QUIET}"noon" 1 12 * * * {keep(koi)}\nKOI_CATCHUP=yes\n'
             f'"again" 2 12 * * * {keep(koi)}\n')
@@ -572,7 +573,7 @@ def test_what_was_missed_before_a_boot_in_1970_is_told_when_the_clock_is_set(
 
 
 @support.root_only
-def test_a_zone_file_that_changes_is_taken_up(koi, tmp_path):
+def test_changed_zone_file_is_reloaded(koi, tmp_path):
     support.need("unshare")
     support.need_zone("Europe/Berlin")
     support.need_zone("Asia/Tokyo")
@@ -600,7 +601,7 @@ def test_a_zone_file_that_changes_is_taken_up(koi, tmp_path):
     wait_until(lambda: noon() == "03:00", 10, "the new zone")
 
 
-def test_dates_that_never_come_cost_nothing_and_stop_nobody(koi, clock):
+def test_impossible_dates_do_not_delay_other_jobs(koi, clock):
     never = ["0 0 31 4,6,9,11 *", "0 0 30 2 *", "* * 31 2 *"]
     koi.tab(QUIET + "".join(
         f'"never {n}" {when} {keep(koi)}\n' for n, when in enumerate(never))
@@ -716,7 +717,7 @@ def ext4(koi):
 
 
 @support.root_only
-def test_a_full_disk_stops_no_schedule_and_history_is_whole_after_it(
+def test_jobs_run_on_a_full_disk_and_the_history_is_complete_afterwards(
         koi, clock, tiny):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}; exit 3\n'
             f'"hand" @manual {keep(koi)}\n')
@@ -740,7 +741,8 @@ def test_a_full_disk_stops_no_schedule_and_history_is_whole_after_it(
 
 
 @support.root_only
-def test_a_job_that_runs_when_the_disk_fills_keeps_its_exit(koi, gate, tiny):
+def test_job_running_while_the_disk_fills_keeps_its_exit_status(
+        koi, gate, tiny):
     koi.tab(f'{QUIET}"slow" @manual echo begun; {gate.wait}; {keep(koi)}; '
             "seq 200000; exit 6\n")
     koi.start()
@@ -762,8 +764,8 @@ def test_a_job_that_runs_when_the_disk_fills_keeps_its_exit(koi, gate, tiny):
 
 
 @support.root_only
-def test_a_run_whose_file_could_not_be_made_is_not_started_again(koi, gate,
-                                                                 tiny):
+def test_run_whose_file_cannot_be_created_is_not_started_again(
+        koi, gate, tiny):
     # No inode is left: the history can still be written.
     koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n')
     koi.start()
@@ -792,7 +794,7 @@ def test_a_run_whose_file_could_not_be_made_is_not_started_again(koi, gate,
 
 
 @support.root_only
-def test_no_restart_while_the_disk_is_full_forgets_a_run(koi, clock, tiny):
+def test_restart_while_the_disk_is_full_loses_no_run(koi, clock, tiny):
     koi.tab(f'{QUIET}"each" * * * * * {keep(koi)}\n')
     clock.start(NOON + 30)
     tiny.fill(leave=8192)       # room for a run's file, not for the history
@@ -809,7 +811,7 @@ def test_no_restart_while_the_disk_is_full_forgets_a_run(koi, clock, tiny):
 
 
 @support.root_only
-def test_a_koid_on_a_read_only_disk_says_so_and_ends(koi, tiny):
+def test_koid_on_a_read_only_disk_ends_with_an_error(koi, tiny):
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     koi.start()
     assert koi.run("job")[3]["exit"] == 0
@@ -824,8 +826,8 @@ def test_a_koid_on_a_read_only_disk_says_so_and_ends(koi, tiny):
 
 @support.root_only
 @pytest.mark.parametrize("when", ["fsync 1", "rename 1", "fsync 2", "after"])
-def test_a_power_cut_while_a_tab_is_installed_leaves_a_whole_one(koi, ext4,
-                                                                 when):
+def test_power_cut_during_an_installation_leaves_a_complete_tab(
+        koi, ext4, when):
     support.need("strace")
     old, new = '"old" @manual true\n', '"new" @manual echo new\n'
     koi.start()
@@ -908,8 +910,8 @@ def failing(calls: str, error: str, when: str, *paths: Path) -> tuple:
     ("openat",     "EMFILE", "the folder"),
     ("getdents64", "EIO",    "the folder"),
 ])
-def test_a_tab_that_cannot_be_read_goes_on_as_it_was(koi, calls, error,
-                                                     what):
+def test_unreadable_tab_keeps_running_in_its_last_version(
+        koi, calls, error, what):
     support.need("strace")
     tab = koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     path = tab if what == "the tab" else tab.parent
@@ -929,7 +931,7 @@ def test_a_tab_that_cannot_be_read_goes_on_as_it_was(koi, calls, error,
         support.kill(pid)
 
 
-def test_a_failing_sync_is_never_an_acknowledgement(koi):
+def test_failed_fsync_is_never_acknowledged(koi):
     support.need("strace")
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     koi.start()
@@ -953,7 +955,7 @@ def test_a_failing_sync_is_never_an_acknowledgement(koi):
         koi.stop()
 
 
-def test_a_sync_that_failed_is_not_tried_again(koi):
+def test_failed_fsync_is_not_repeated(koi):
     # The kernel may say that all is well the second time, and it is not.
     support.need("strace")
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}; exit 9\n')
@@ -980,7 +982,8 @@ def test_a_sync_that_failed_is_not_tried_again(koi):
 
 
 @pytest.mark.parametrize("error", ["EDQUOT", "EROFS"])
-def test_a_quota_or_a_disk_gone_read_only_is_as_a_full_disk(koi, error):
+def test_exceeded_quota_or_read_only_disk_is_handled_like_a_full_disk(
+        koi, error):
     support.need("strace")
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     koi.start()
@@ -996,7 +999,7 @@ def test_a_quota_or_a_disk_gone_read_only_is_as_a_full_disk(koi, error):
     koi.daemon.wait(20)
 
 
-def test_an_end_whose_note_fails_is_told_by_the_pipe(koi, gate):
+def test_end_that_cannot_be_written_is_reported_through_the_pipe(koi, gate):
     # The supervisor cannot write: koid, which lives, knows the status.
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; exit 9\n')
     support.need("strace")
@@ -1018,7 +1021,7 @@ def test_an_end_whose_note_fails_is_told_by_the_pipe(koi, gate):
 # Too few of something --------------------------------------------------------
 
 
-def test_no_process_to_be_had_is_tried_again(koi):
+def test_failed_fork_is_repeated(koi):
     support.need("strace")
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     koi.start(wrap=failing("clone", "EAGAIN", "1..2"))
@@ -1030,7 +1033,7 @@ def test_no_process_to_be_had_is_tried_again(koi):
     support.kill(pid)
 
 
-def test_no_process_for_a_minute_is_said_of_the_run(koi, clock):
+def test_run_without_a_process_for_a_minute_is_unstartable(koi, clock):
     support.need("strace")
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     clock.start(NOON, *failing("clone", "EAGAIN", "1+"))
@@ -1044,7 +1047,7 @@ def test_no_process_for_a_minute_is_said_of_the_run(koi, clock):
     support.kill(pid)
 
 
-def test_a_job_that_finds_no_process_is_tried_again(koi):
+def test_job_whose_fork_fails_is_started_again(koi):
     support.need("strace")
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     koi.start(wrap=("strace", "-f", "-qq", "-o", "/dev/null", "-e",
@@ -1095,7 +1098,7 @@ def test_a_koid_without_descriptors_starts_and_ends_its_jobs(koi, clock):
     assert koi.daemon.poll() is None
 
 
-def test_silent_visitors_keep_nobody_from_being_served(koi, clock):
+def test_silent_clients_do_not_block_other_clients(koi, clock):
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     clock.start(NOON)           # it stands: they are not sent away
     silent = callers(koi, 300)
@@ -1105,7 +1108,7 @@ def test_silent_visitors_keep_nobody_from_being_served(koi, clock):
     assert koi.run("job")[3]["exit"] == 0
 
 
-def test_every_job_of_a_very_full_minute_is_started_once(koi, clock):
+def test_all_jobs_of_a_very_full_minute_start_once(koi, clock):
     koi.tab(QUIET + "".join(
         f'"job {n}" * * * * * {"true" if n % 50 else keep(koi)}\n'
         for n in range(MANY)))
@@ -1141,7 +1144,7 @@ def count_of(koi, state: str) -> int:
     ("skip", {"running": 1, "skipped": 3}),
     ("queue", {"running": 1, "queued": 3}),
 ])
-def test_jobs_that_never_end_keep_nobody_else_from_running(
+def test_jobs_that_never_end_do_not_block_other_jobs(
         koi, clock, policy, wanted):
     koi.tab(f'{QUIET}"other" @manual {keep(koi)}\nKOI_OVERLAP={policy}\n'
             + "".join(f'"ever {n}" * * * * * exec sleep 1000\n'
@@ -1171,7 +1174,7 @@ ENDS = [
 ]
 
 
-def test_however_a_job_ends_it_is_told(koi):
+def test_every_way_a_job_can_end_is_recorded(koi):
     koi.tab(QUIET + "".join(f'"job {n}" @manual {command}\n'
                             for n, (command, *_) in enumerate(ENDS)))
     koi.start()
@@ -1184,7 +1187,7 @@ def test_however_a_job_ends_it_is_told(koi):
         assert out is None or text.decode() == out
 
 
-def test_a_process_that_a_job_leaves_behind_does_not_keep_it(koi):
+def test_process_left_by_a_job_does_not_keep_its_run_active(koi):
     pid = koi.folder / "pid"
     koi.tab(f'{QUIET}"job" @manual setsid sleep 1000 & echo $! > {pid}; '
             "echo done\n")
@@ -1194,7 +1197,7 @@ def test_a_process_that_a_job_leaves_behind_does_not_keep_it(koi):
     support.kill(int(pid.read_text()))
 
 
-def test_a_flood_of_output_costs_a_supervisor_no_memory(koi, gate):
+def test_endless_output_does_not_fill_the_memory_of_the_supervisor(koi, gate):
     koi.installed = True
     koi.tab(f'{QUIET}"job" @manual head -c 50000000 /dev/zero; {gate.wait}\n')
     koi.start()
@@ -1298,7 +1301,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", support.sample(
     DAMAGE, "no header", "half of it", "a part of a page", "nothing",
     "another program's", "page 1 is zero"))
-def test_a_damaged_history_is_moved_aside_and_the_schedule_goes_on(
+def test_damaged_history_is_moved_aside_and_jobs_continue(
         koi, clock, history, damage):
     file = history
     data = DAMAGE[damage](file.read_bytes())
@@ -1319,8 +1322,8 @@ def test_a_damaged_history_is_moved_aside_and_the_schedule_goes_on(
     [(damage, ending) for ending in ("-wal", "-shm")
      for damage in ("rubbish", "half of it", "nothing", "removed")],
     ("half of it", "-wal"), ("removed", "-wal"), ("rubbish", "-shm")))
-def test_damage_beside_the_history_stops_no_schedule(koi, clock, history,
-                                                     damage, ending):
+def test_damaged_files_next_to_the_history_stop_no_job(
+        koi, clock, history, damage, ending):
     restart(koi)
     koi.run("hand", Who="me")
     koi.stop(signal.SIGKILL)
@@ -1355,8 +1358,8 @@ NONSENSE = [
 
 @pytest.mark.parametrize("statement", support.sample(
     NONSENSE, *NONSENSE[1:12:5], "drop table output"))
-def test_a_history_with_nonsense_in_it_stops_no_schedule(koi, clock, history,
-                                                         statement):
+def test_history_with_invalid_values_stops_no_job(
+        koi, clock, history, statement):
     db = sqlite3.connect(history)
     with db:
         db.execute(statement)
@@ -1365,7 +1368,7 @@ def test_a_history_with_nonsense_in_it_stops_no_schedule(koi, clock, history,
     assert "Traceback" not in koi.log()
 
 
-def test_a_history_that_is_damaged_while_koid_runs_ends_koid_with_a_word(
+def test_history_damaged_at_run_time_ends_koid_with_an_error(
         koi, clock, history):
     restart(koi)
     size = history.stat().st_size
@@ -1383,8 +1386,7 @@ def test_a_history_that_is_damaged_while_koid_runs_ends_koid_with_a_word(
 
 
 @pytest.mark.parametrize("mode", ["wal", "delete"])
-def test_the_history_of_a_newer_koi_is_refused_without_a_write(koi, history,
-                                                               mode):
+def test_history_of_a_newer_koi_is_refused_without_a_write(koi, history, mode):
     file = history
     db = sqlite3.connect(file)
     db.execute("pragma user_version = 99")
@@ -1425,7 +1427,7 @@ def wait_for_tab(koi, clock, jobs: list, troubled: bool) -> None:
         print(seen, koi.log())
 
 
-def test_a_corrupt_tab_costs_its_bad_lines_or_leaves_the_last_good_one(
+def test_corrupt_tab_loses_its_invalid_lines_or_keeps_its_last_version(
         koi, clock):
     tab = koi.tab(f'"good" @manual {keep(koi)}\n')
     clock.start(NOON)
@@ -1455,7 +1457,7 @@ k.Clock.ticks = ticks
 """
 
 
-def test_a_hangup_during_the_notice_of_a_change_is_not_lost(koi, clock):
+def test_sighup_during_the_notification_of_a_change_is_not_lost(koi, clock):
     """SIGHUP means now, and SIGIO a moment later, when time has passed. It
     comes when the new tab is in place, in whichever turn that is."""
     file, fresh = koi.folder / "hangup", koi.folder / "fresh"
@@ -1471,7 +1473,7 @@ def test_a_hangup_during_the_notice_of_a_change_is_not_lost(koi, clock):
     wait_until(lambda: koi.names() == ["new"], 20, "the new tab")
 
 
-def test_a_damaged_file_of_a_run_is_an_interrupted_run(koi, gate):
+def test_run_with_a_damaged_file_is_interrupted(koi, gate):
     koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n')
     koi.start()
     damaged = [b"", b"K", b"KOI1", b"\0" * 256, b"KOI9" + b"\0" * 300,
@@ -1495,8 +1497,7 @@ def test_a_damaged_file_of_a_run_is_an_interrupted_run(koi, gate):
 
 
 @pytest.mark.parametrize("way", ["cp", "mv"])
-def test_a_koitab_py_that_is_replaced_while_jobs_run_adopts_them(koi, gate,
-                                                                 way):
+def test_replaced_koitab_py_adopts_the_running_jobs(koi, gate, way):
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 8\n'
             f'"mail" @manual {keep(koi)}\n')
     program, new = koi.folder / "koitab.py", koi.folder / "new.py"
@@ -1538,7 +1539,7 @@ k.SENDMAILS = ({sendmail!r},)
 """
 
 
-def test_a_python_that_is_upgraded_underneath_stops_nothing(koi):
+def test_upgraded_python_stops_no_job(koi):
     """What koid needs is loaded before the first job, but for what makes
     the tags that people see, and mails."""
     mail, wanted = koi.folder / "mail", koi.folder / "wanted"
@@ -1575,8 +1576,7 @@ def test_a_python_that_is_upgraded_underneath_stops_nothing(koi):
 
 @pytest.mark.parametrize("change", ["edited", "removed", "renamed",
                                     "no tab"])
-def test_a_tab_that_changes_does_not_touch_the_job_that_runs(koi, gate,
-                                                             change):
+def test_changed_tab_does_not_affect_a_running_job(koi, gate, change):
     line = f'{QUIET}KOI_OVERLAP=skip\n"slow" @manual {gate.wait}; ' \
         f"{keep(koi)}; exit 8\n"
     other = '"other" @manual true\n'
@@ -1604,8 +1604,8 @@ def test_a_tab_that_changes_does_not_touch_the_job_that_runs(koi, gate,
 
 
 @pytest.mark.parametrize("change", ["removed", "edited"])
-def test_a_run_whose_tab_changed_while_koid_was_away_is_adopted(koi, gate,
-                                                                change):
+def test_run_whose_tab_changed_while_koid_was_down_is_adopted(
+        koi, gate, change):
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 8\n')
     koi.start()
     run = koi.launch("slow")
@@ -1618,7 +1618,7 @@ def test_a_run_whose_tab_changed_while_koid_was_away_is_adopted(koi, gate,
     assert koi.end_of(run)["exit"] == 8 and truth(koi) == [run]
 
 
-def test_the_rig_sees_a_koid_fail_that_notes_nothing(tmp_path):
+def test_sweep_detects_a_koid_that_records_no_end(tmp_path):
     """A sweep that finds nothing must be able to find something."""
     rig = koid_kills.Rig(tmp_path)
     koi = rig.fresh()

@@ -90,7 +90,8 @@ def fail_at(group: Group, point: str, number: int) -> tuple:
 
 
 @pytest.mark.parametrize("number", [9, 19], ids=["killed", "frozen"])
-def test_another_host_takes_over_before_the_record_in_etcd(group, number):
+def test_another_host_makes_the_start_if_its_host_dies_before_the_record(
+        group, number):
     failed, other, due = fail_at(group, "claimed", number)
     support.wait_until(lambda: hosts_of(group, due), 60, "the other host")
     failed.signal(18)
@@ -102,7 +103,7 @@ def test_another_host_takes_over_before_the_record_in_etcd(group, number):
     assert wrong_of(group, due) == []
 
 
-def test_start_whose_host_dies_after_the_record_is_not_repeated(group):
+def test_start_is_not_repeated_if_its_host_dies_after_the_record(group):
     failed, other, due = fail_at(group, "won", 9)
     support.wait_until(lambda: rows_of(other, due) == [
         ("elsewhere", failed.name)], 60, "the other host to see the record")
@@ -114,7 +115,7 @@ def test_start_whose_host_dies_after_the_record_is_not_repeated(group):
     assert wrong_of(group, due) == []
 
 
-def test_koid_knows_the_record_of_each_koid_before_it(group):
+def test_koid_recognizes_a_record_made_by_an_earlier_koid(group):
     """The second koid takes over the start of the first, records it, and
     dies; the third one must not take the record for another host's."""
     host, = group.single(1).hosts
@@ -168,7 +169,7 @@ def wait_for_no_lease(group: Group) -> None:
         "POST", "/v3/lease/leases", b"{}").body, 30, "the leases to end")
 
 
-def test_late_host_makes_no_start_of_a_host_that_is_gone(group):
+def test_late_host_does_not_repeat_a_start_of_a_host_that_died(group):
     assert late_host(group) == []
 
 
@@ -177,7 +178,8 @@ def test_checker_finds_the_start_made_twice_with_a_lease_on_last(group):
     assert len(wrong) == 1 and "was executed by" in wrong[0]
 
 
-def test_without_etcd_a_start_is_missed_until_etcd_says_who_ran_it(group):
+def test_start_without_etcd_is_missed_until_etcd_names_the_host_that_ran_it(
+        group):
     group.single(2).tab([EACH_MINUTE], "KOI_START_WITHIN=20s")
     due = frozen_during_a_start(group)
     maker, late = group.hosts
@@ -276,7 +278,8 @@ def start_secure(koi, secure, **files: str):
         for word in (f"--etcd-{name}", f"{folder}/{file}")))
 
 
-def test_start_over_tls_with_certificate_and_password(koi, secure):
+def test_start_is_claimed_over_tls_with_a_certificate_and_a_password(
+        koi, secure):
     start_secure(koi, secure)
     run = koi.ended("Shared", seconds=60)[-1]
     assert run["state"] == "done", (run, koi.problems())

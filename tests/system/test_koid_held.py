@@ -55,8 +55,7 @@ def test_skipped_date_makes_one_row_with_the_number_of_its_starts(koi, clock):
         "schedule", "skipped", "date in KOI_SKIP", EVE + 2 * DAY, 1)
 
 
-def test_starts_on_skipped_dates_are_not_missed_while_no_koid_runs(koi,
-                                                                   clock):
+def test_starts_on_skipped_dates_are_not_missed_while_koid_is_down(koi, clock):
     koi.tab("""\
         KOI_CATCHUP=yes
         KOI_SKIP=2026-12-24..2026-12-25
@@ -92,7 +91,7 @@ def test_job_has_its_niceness(koi):
     assert int(koi.run("nice")[1]) == max(before, 7)
 
 
-def test_paused_job_starts_by_hand_alone_until_it_is_resumed(koi, clock):
+def test_paused_job_starts_only_by_hand_until_it_is_resumed(koi, clock):
     koi.tab("""\
         "it" * * * * * echo it
         "other" * * * * * echo other
@@ -139,7 +138,7 @@ def test_renamed_job_stays_paused(koi, clock):
     koi.ask("resume", job="other")
 
 
-def test_pause_ends_by_itself_also_while_no_koid_runs(koi, clock):
+def test_pause_expires_even_while_koid_is_down(koi, clock):
     koi.tab('KOI_CATCHUP=yes\n"it" 30 * * * * echo it\n')
     clock.start(EVE)
     koi.ask("pause", job="it", until=EVE + 3 * HOUR + HOUR // 2)
@@ -181,7 +180,7 @@ def type_in(koi, *words: str, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_pause_and_resume_are_commands(koi, clock):
+def test_pause_and_resume_print_what_they_changed(koi, clock):
     koi.tab('[Night]\n"it" 0 3 * * * echo it\n')
     koi.patch += "k.Machine.local_zone = lambda machine: k.UTC\n"
     clock.start(EVE)

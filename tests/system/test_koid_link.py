@@ -79,7 +79,7 @@ def test_jobs_runs_and_output_reach_the_dashboard_once_each(linked, dashboard):
         "Hello", "Secret", "Long", "Plain", "Terminal", "Backup"}
 
 
-def test_what_ran_before_it_belonged_is_sent_too(koi, dashboard):
+def test_runs_from_before_the_join_are_sent(koi, dashboard):
     koi.tab('"Plain" @manual echo plain\n')
     koi.start()
     for _ in range(3):
@@ -89,13 +89,13 @@ def test_what_ran_before_it_belonged_is_sent_too(koi, dashboard):
     dashboard.wait_for(lambda: len(dashboard.outputs) == 3)
 
 
-def test_a_tab_that_changes_is_listed_anew(linked, dashboard):
+def test_changed_tab_is_sent_again(linked, dashboard):
     assert "Plain" in dashboard.specs()
     linked.tab('"Other" @manual echo other\n')
     dashboard.wait_for(lambda: set(dashboard.specs()) == {"Other"})
 
 
-def test_pause_and_its_end_are_listed(linked, dashboard):
+def test_job_list_contains_pauses_and_their_ends(linked, dashboard):
     def paused():
         return list(json.loads(dashboard.lists[-1]["body"])["paused"].items())
 
@@ -107,7 +107,7 @@ def test_pause_and_its_end_are_listed(linked, dashboard):
     dashboard.wait_for(lambda: paused() == [])
 
 
-def test_a_run_that_is_watched_is_live_while_it_runs(linked, dashboard):
+def test_output_of_a_followed_run_is_sent_live(linked, dashboard):
     verdict = ask(dashboard, request_for(dashboard.specs()["Long"]))
     run = str(verdict["run"])
     with dashboard.turn:
@@ -125,7 +125,7 @@ def test_a_run_that_is_watched_is_live_while_it_runs(linked, dashboard):
 # --- requests
 
 
-def test_a_request_that_was_signed_runs_the_job_as_its_user(linked, dashboard):
+def test_signed_request_runs_the_job_as_its_user(linked, dashboard):
     spec = dashboard.specs()["Hello"]
     for value in ("o'brien", "$(id)", "\U0001f603", "a\tb", "-n", "{{x}}"):
         verdict = ask(dashboard, request_for(spec, {
@@ -139,7 +139,8 @@ def test_a_request_that_was_signed_runs_the_job_as_its_user(linked, dashboard):
     assert run["trigger"] == "manual" and run["args"]["Times"] == "3"
 
 
-def test_a_secret_comes_through_and_is_seen_by_nobody(linked, dashboard):
+def test_secret_argument_reaches_the_job_and_is_not_sent_back(
+        linked, dashboard):
     verdict = ask(dashboard, request_for(
         dashboard.specs()["Secret"], secrets={"Password": "hunter2 \u00e9"}))
     assert verdict["state"] == "accepted"
@@ -176,7 +177,7 @@ WRONG = {   # what is changed -> a word of the reason
 }
 
 
-def test_a_genuine_request_that_is_wrong_is_refused_with_the_reason(
+def test_mismatched_signed_request_is_refused_with_the_reason(
         linked, dashboard):
     spec = dashboard.specs()["Hello"]
     for what, (changes, word) in WRONG.items():
@@ -191,7 +192,7 @@ def test_a_genuine_request_that_is_wrong_is_refused_with_the_reason(
     assert linked.history() == []
 
 
-def test_a_replayed_request_runs_nothing_again(linked, dashboard):
+def test_replayed_request_starts_no_run(linked, dashboard):
     """Not at once, nor after a restart, nor after kill -9."""
     body = request_for(dashboard.specs()["Plain"])
     first = ask(dashboard, body)
@@ -235,8 +236,7 @@ def test_a_request_from_before_a_restored_backup_is_refused(koi, dashboard):
     assert koi.history() == []
 
 
-def test_of_many_mutated_and_replayed_requests_none_is_executed(
-        linked, dashboard):
+def test_mutated_and_replayed_requests_are_not_executed(linked, dashboard):
     """Through the whole way: dashboard, child, koid. (The verification
     itself meets 100,000 in test_koitab_keys.py.)"""
     rng, spec = random.Random(11), dashboard.specs()["Plain"]
@@ -306,7 +306,7 @@ def test_a_request_that_cannot_be_recorded_is_refused(koi, dashboard):
     assert "recorded" in verdicts[-1]["reason"]
 
 
-def test_a_request_starts_its_job_soon(linked, dashboard):
+def test_request_starts_its_job_without_waiting_for_a_poll(linked, dashboard):
     """Asked of an idle koid; the figures are tests/bench/dashboard.py's."""
     spec = dashboard.specs()["Plain"]
     asked = time.time()
@@ -351,7 +351,8 @@ def hasty(koi):
     return koi.set_constants(PAUSE_FIRST=0.02, PAUSE_LONGEST=0.05, HOLD=0.5)
 
 
-def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
+def test_invalid_replies_are_reported_and_jobs_continue_and_no_run_is_lost(
+        hasty):
     now = {"what": "not JSON", "met": 0}
 
     def twist(_payload, _handler):
@@ -380,7 +381,7 @@ def test_nonsense_is_told_and_jobs_run_on_and_nothing_is_lost(hasty):
 @pytest.mark.parametrize("status, words", [
     (401, "does not know this host"), (403, "refuses this host"),
     (409, "another koid")])
-def test_who_is_not_wanted_stops_asking(koi, status, words):
+def test_agent_refused_by_the_dashboard_stops_polling(koi, status, words):
     asked = []
 
     def twist(payload, _handler):
@@ -397,7 +398,7 @@ def test_who_is_not_wanted_stops_asking(koi, status, words):
         assert len(asked) <= 2              # one a thread, then minutes
 
 
-def test_where_nobody_listens_jobs_run_on_and_all_comes_later(koi):
+def test_jobs_run_without_a_dashboard_and_their_runs_are_sent_later(koi):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -414,7 +415,7 @@ def test_where_nobody_listens_jobs_run_on_and_all_comes_later(koi):
     assert koi.log().count("connection refused") == 1
 
 
-def test_one_that_accepts_and_says_nothing_costs_nothing(koi):
+def test_dashboard_that_never_answers_does_not_delay_jobs(koi):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         koi.tab('"Plain" @manual echo plain\n')
         lying_dashboard.belong(koi, "http://127.0.0.1:%d"
@@ -425,7 +426,7 @@ def test_one_that_accepts_and_says_nothing_costs_nothing(koi):
         first.close()
 
 
-def test_a_record_that_is_never_taken_is_left_out_and_the_rest_go_on(hasty):
+def test_record_that_is_always_refused_is_skipped_and_the_rest_are_sent(hasty):
     koi = hasty
 
     def twist(payload, _handler):
@@ -444,7 +445,7 @@ def test_a_record_that_is_never_taken_is_left_out_and_the_rest_go_on(hasty):
         assert "run 2" in " ".join(koi.ask("status")["dashboard"]["problems"])
 
 
-def test_no_record_is_blamed_for_a_list_that_is_not_taken(hasty):
+def test_refused_job_list_does_not_cause_records_to_be_skipped(hasty):
     """A proxy, say, that lets only short payloads through."""
     def twist(payload, _handler):
         if "list" in payload:
@@ -464,7 +465,8 @@ def test_no_record_is_blamed_for_a_list_that_is_not_taken(hasty):
             "status")["dashboard"]["problems"]))
 
 
-def test_a_dashboard_that_forgot_gets_everything_again(linked, dashboard):
+def test_dashboard_restored_from_a_backup_gets_all_records_again(
+        linked, dashboard):
     for _ in range(3):
         linked.run("Plain")
     dashboard.wait_for(lambda: len(dashboard.outputs) == 3)
@@ -485,7 +487,7 @@ def child_of(koi) -> int:
         lambda: support.children_of(koi.daemon.pid), what="the child")[0]
 
 
-def test_the_child_is_killed_and_comes_back(linked, dashboard):
+def test_killed_agent_is_restarted(linked, dashboard):
     dashboard.specs()
     before = child_of(linked)
     os.kill(before, 9)
@@ -509,7 +511,7 @@ def test_frozen_agent_is_replaced_and_reported(linked, dashboard):
     assert child_of(linked) != frozen
 
 
-def test_agent_without_a_dashboard_shows_that_it_is_alive(koi):
+def test_agent_without_a_reachable_dashboard_reports_to_koid(koi):
     """It reports in each pause between tries, however long that is."""
     koi.patch += f"""
 text = k.agent_program().replace("PAUSE_FIRST, PAUSE_LONGEST = 1.0, 60.0",
@@ -529,11 +531,11 @@ k.AgentBroker.state = counted
     support.wait_until((koi.folder / "alive").exists, 30)
 
 
-def test_agent_is_silent_for_less_than_koid_tolerates():
+def test_agent_pauses_for_less_than_the_limit_of_koid():
     assert koitab.HOLD + koitab.PATIENCE + 30 == koitab.AGENT_SILENCE
 
 
-def test_the_child_ends_with_koid(linked, dashboard):
+def test_agent_ends_with_koid(linked, dashboard):
     dashboard.specs()
     child = child_of(linked)
     linked.stop(9)
@@ -617,7 +619,7 @@ def test_agent_reports_when_the_dashboards_certificate_expires(koi, dashboard):
     assert "certificate_expires" not in sent[0]       # not known yet
 
 
-def test_who_leaves_is_not_heard_any_more(linked, dashboard):
+def test_agent_ends_when_the_host_leaves_the_dashboard(linked, dashboard):
     dashboard.specs()
     child = child_of(linked)
     (linked.home / "keys").unlink()
@@ -634,7 +636,7 @@ def test_who_leaves_is_not_heard_any_more(linked, dashboard):
     (lambda path: path.write_text(path.read_text()[:-9]), "not used"),
     (lambda path: path.write_text(path.read_text().replace(
         '"v": 1', '"v": 2')), "version")])
-def test_keys_that_cannot_be_believed_are_not_used(koi, dashboard, spoil, why):
+def test_untrusted_key_file_is_not_used(koi, dashboard, spoil, why):
     koi.tab('"Plain" @manual echo plain\n')
     lying_dashboard.belong(koi, dashboard.url)
     spoil(koi.home / "keys")
@@ -688,7 +690,7 @@ def hostile(tmp_path):
     r'b"[" * 100_000 + b"\n"', 'b"x" * 9_000_000',
     r"""b'{"op": ["batch"]}\n'""",
     r"""b'{"op": "output", "run": "x", "at": 0}\n'"""])
-def test_who_talks_nonsense_is_replaced_and_koid_stays(hostile, said):
+def test_agent_is_restarted_after_an_invalid_request(hostile, said):
     hostile.begin(f"connection.sendall({said})")
     first = child_of(hostile)
     support.wait_until(lambda: not koitab.process_start_time(first))
@@ -698,7 +700,7 @@ def test_who_talks_nonsense_is_replaced_and_koid_stays(hostile, said):
     assert len(hostile.log()) < 5000
 
 
-def test_who_asks_much_and_hears_nothing_fills_no_memory(hostile):
+def test_agent_that_reads_no_replies_does_not_fill_the_memory(hostile):
     """Its questions are short, and the answers are not."""
     tab = "".join(f'"Job {n}" @manual echo {"x" * 900}\n'
                   for n in range(1000)) + '"Plain" @manual echo plain\n'
@@ -728,7 +730,7 @@ lines.read()        # or koid would miss it, which is another problem
     assert "connection refused" not in hostile.log()
 
 
-def test_who_does_not_take_its_answer_costs_no_time(hostile):
+def test_agent_that_reads_no_reply_costs_koid_no_cpu_time(hostile):
     tab = "".join(f'"Job {n}" @manual echo {"x" * 900}\n'
                   for n in range(1000)) + '"Plain" @manual echo plain\n'
     hostile.begin(f"connection.sendall({QUESTION})\n"
@@ -740,7 +742,7 @@ def test_who_does_not_take_its_answer_costs_no_time(hostile):
     assert hostile.run("Plain")[1] == b"plain\n"
 
 
-def test_who_says_a_thousand_things_fills_neither_log_nor_memory(hostile):
+def test_agent_with_ever_new_problems_fills_neither_log_nor_memory(hostile):
     count = 20_000 if support.FULL else 4000
     hostile.begin(f"""\
 lines = connection.makefile("rb")
@@ -759,7 +761,7 @@ for n in range({count}):
     assert support.megabytes_of(hostile.daemon.pid) < before + 3
 
 
-def test_who_does_not_let_go_is_ended(hostile, dashboard):
+def test_agent_that_ignores_signals_is_killed_for_new_keys(hostile, dashboard):
     """New keys have a new child, whatever the old one is at."""
     hostile.begin("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))")
     first = child_of(hostile)
@@ -866,8 +868,7 @@ def test_old_koid_restarts_its_agent_by_the_text_of_its_start(upgraded):
 # --- what else is kept, or not
 
 
-def test_a_request_replayed_while_the_disk_is_full_does_koid_no_harm(
-        koi, dashboard):
+def test_request_replayed_on_a_full_disk_does_not_end_koid(koi, dashboard):
     """What was used could not be written, so nobody knows it: what is asked
     for again must not become a second row of the same."""
     support.need("strace")
@@ -900,8 +901,7 @@ def test_a_request_replayed_while_the_disk_is_full_does_koid_no_harm(
         assert dashboard.results[-1]["run"] == run
 
 
-def test_who_belongs_to_none_any_more_keeps_no_more_than_koi_keep(
-        koi, dashboard):
+def test_host_that_left_keeps_only_the_runs_of_koi_keep(koi, dashboard):
     koi.tab('KOI_KEEP=2\n"Plain" @manual echo plain\n')
     lying_dashboard.belong(koi, dashboard.url)
     koi.start()
@@ -921,7 +921,7 @@ def test_who_belongs_to_none_any_more_keeps_no_more_than_koi_keep(
 @pytest.mark.parametrize("text", ["[" * 100_000, json.dumps({
     "v": 1, **vars(lying_dashboard.enrollment("http://127.0.0.1:9")),
     "since": "today"})])
-def test_keys_that_are_damaged_stop_no_job(koi, text):
+def test_damaged_key_file_stops_no_job(koi, text):
     koi.tab('"Plain" @manual echo plain\n')
     (koi.home / "keys").write_text(text)
     (koi.home / "keys").chmod(0o600)

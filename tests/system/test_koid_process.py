@@ -49,7 +49,7 @@ def container(tmp_path):
 
 # --- names ------------------------------------------------------------------
 
-def test_pgrep_pidof_and_ps_find_koid_and_nothing_else(container):
+def test_pgrep_pidof_and_ps_find_only_koid(container):
     """Also while a job runs, whose supervisor is a fork of koid."""
     container.installed = True
     container.tab('"it" @manual sleep 600\n')
@@ -130,7 +130,8 @@ def test_a_container_gives_its_environment_to_jobs(container):
     assert "NOTIFY_SOCKET" not in shown
 
 
-def test_elsewhere_jobs_do_not_get_the_environment_of_koid(container):
+def test_jobs_outside_a_container_do_not_get_the_environment_of_koid(
+        container):
     container.tab('"it" @manual env\n')
     container.begin(PATH="/srv/bin:/usr/bin:/bin", TOKEN="two words")
     shown = container.run("it")[1].decode().splitlines()
@@ -154,7 +155,7 @@ def test_a_container_logs_to_its_stdout(container):
     assert (container.folder / "stderr").read_text() == ""
 
 
-def test_each_start_of_a_container_is_a_boot(container):
+def test_each_start_of_a_container_runs_the_boot_jobs(container):
     """In it nothing of the one before it is left, whatever its PIDs are."""
     container.tab('"up" @reboot true\n"long" @manual sleep 600\n')
     container.begin("--container")

@@ -149,7 +149,7 @@ def from_host() -> set[str]:
     return set(koitab.Machine().host_environment()) - {"SHELL", "PATH"}
 
 
-def test_a_job_has_crons_environment_and_nothing_of_koids(koi):
+def test_job_has_the_environment_of_cron_and_nothing_of_koid(koi):
     serving(koi, f'"env" @manual {ENVIRON}\n', LANG="xx_XX", SECRET="of koid",
             PYTHONPATH="/tmp", LD_LIBRARY_PATH="/nowhere", TZ="UTC",
             SHELL="/bin/false", LOGNAME="nobody", MAILTO="koid@koi.invalid")
@@ -163,7 +163,7 @@ def test_a_job_has_crons_environment_and_nothing_of_koids(koi):
         "LOGNAME": koi.user, "USER": koi.user, "KOI_RUN": str(run)}
 
 
-def test_a_tab_sets_all_but_who_one_is(koi, tmp_path):
+def test_tab_sets_every_variable_except_the_user_name(koi, tmp_path):
     support.need_zone("Europe/Berlin")
     serving(koi, f'''\
         SHELL=/bin/bash
@@ -190,7 +190,7 @@ def test_a_tab_sets_all_but_who_one_is(koi, tmp_path):
 
 
 @support.root_only
-def test_under_it_lies_what_logins_get_from_the_host(koi, host, tmp_path):
+def test_job_gets_the_login_environment_of_the_host(koi, host, tmp_path):
     """/etc/environment and /etc/default/locale, as by cron's PAM module."""
     etc = copy_of_etc(host, tmp_path)
     (etc / "environment").write_text(
@@ -229,7 +229,7 @@ INPUTS = [
 ]
 
 
-def test_a_percent_ends_the_command_and_begins_its_input(koi):
+def test_percent_ends_the_command_and_begins_its_standard_input(koi):
     raw_tab(koi, "".join(f'"n{number}" @manual {command}\n' for number,
                          (command, _) in enumerate(INPUTS)))
     koi.start()
@@ -241,7 +241,7 @@ def test_a_percent_ends_the_command_and_begins_its_input(koi):
             assert (out.decode(), end["exit"]) == (expected, 0)
 
 
-def test_an_input_of_100_kb_comes_whole_and_may_be_ignored(koi):
+def test_large_standard_input_arrives_completely_and_may_be_ignored(koi):
     """More than fits into a pipe."""
     lines = [f"{number:09}" for number in range(10_000)]
     raw_tab(koi, f'"sum" @manual sha256sum%{"%".join(lines)}\n'
@@ -256,7 +256,7 @@ def test_an_input_of_100_kb_comes_whole_and_may_be_ignored(koi):
 # What a job gets: its place
 # ==========================================================================
 
-def test_a_job_runs_in_its_home(koi, tmp_path):
+def test_job_starts_in_its_home_directory(koi, tmp_path):
     serving(koi, f'''\
         "usual" @manual pwd
         HOME={tmp_path}
@@ -270,7 +270,8 @@ def test_a_job_runs_in_its_home(koi, tmp_path):
 
 
 @pytest.mark.parametrize("home", ["/nowhere/at/all", "/etc/passwd", "''"])
-def test_without_its_home_it_runs_in_the_root_and_that_is_noted(koi, home):
+def test_job_without_its_home_starts_in_the_root_directory_with_a_note(
+        koi, home):
     serving(koi, f'HOME={home}\n"pwd" @manual pwd; echo "$HOME"\n')
     run, out, _, end = koi.run("pwd")
     home = home.strip("'")
@@ -280,7 +281,7 @@ def test_without_its_home_it_runs_in_the_root_and_that_is_noted(koi, home):
 
 
 @support.root_only
-def test_root_does_not_lead_a_user_into_a_folder_closed_to_him(
+def test_job_does_not_start_in_a_home_that_its_user_cannot_enter(
         koi, host, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
@@ -311,7 +312,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
-def test_a_job_begins_in_a_clean_state_wherever_koid_came_from(koi):
+def test_job_inherits_no_process_state_from_koid(koi):
     """A umask, a session and a group of its own, no terminal, three
     descriptors, no signal blocked or ignored."""
     command = ABOUT.replace("\n", " ")
@@ -329,7 +330,7 @@ def test_a_job_begins_in_a_clean_state_wherever_koid_came_from(koi):
     assert out_of(koi, "mask") == "set()\n"    # dash would have emptied it
 
 
-def test_many_at_once_share_a_supervisor_and_nothing_else(koi):
+def test_jobs_started_together_do_not_share_output_session_or_descriptors(koi):
     """Forty jobs in one instant: each has its own output, session and
     descriptors."""
     raw_tab(koi, "".join(
@@ -359,7 +360,7 @@ ENDS = [("exit 0", 0, None), ("exit 7", 7, None), ("exit 255", 255, None),
         ("sh -c 'kill -9 $$'", 137, None), ("if", 2, None)]
 
 
-def test_the_exit_status_or_the_signal_is_kept(koi):
+def test_exit_status_or_signal_of_a_job_is_stored(koi):
     koi.tab("".join(f'"n{number}" @manual {command}\n' for number,
                     (command, _, _) in enumerate(ENDS)))
     koi.start()
@@ -375,7 +376,7 @@ def test_the_exit_status_or_the_signal_is_kept(koi):
     ("/no/such/shell", "No such file or directory"),
     ("/etc", "Permission denied"), ("/etc/passwd", "Permission denied"),
     ("bash", "No such file or directory")])
-def test_a_shell_that_cannot_be_started(koi, shell, reason):
+def test_job_whose_shell_cannot_be_started_is_unstartable(koi, shell, reason):
     serving(koi, f'SHELL={shell}\n"it" @manual echo no\nSHELL=/bin/sh\n'
             '"next" @manual echo yes\n')
     run, out, _, end = koi.run("it")
@@ -387,7 +388,7 @@ def test_a_shell_that_cannot_be_started(koi, shell, reason):
 
 
 @support.root_only
-def test_a_user_who_is_not_there(koi):
+def test_job_of_a_missing_user_is_unstartable(koi):
     koi.tab('"it" @reboot echo no\n', user="nobody-of-that-name")
     serving(koi, '"next" @manual echo yes\n')
     run, = koi.ended("it", user="nobody-of-that-name")
@@ -423,7 +424,7 @@ def test_both_streams_are_kept_apart_and_in_order(koi, fifo):
     assert times == sorted(times)
 
 
-def test_what_is_being_written_can_be_read(koi, fifo):
+def test_output_can_be_read_while_it_is_written(koi, fifo):
     serving(koi, f'"it" @manual printf begun; {fifo.wait}; echo " done"\n')
     run = koi.launch("it")
     wait_until(lambda: koi.text_of(run) == "begun", 30, "the beginning")
@@ -433,7 +434,7 @@ def test_what_is_being_written_can_be_read(koi, fifo):
     assert koi.text_of(run) == "begun done\n"
 
 
-def test_any_bytes_are_kept_as_they_are(koi, tmp_path):
+def test_output_bytes_are_stored_unchanged(koi, tmp_path):
     """All bytes, no newline at the end, lines of 64 KB and of 1 KB less."""
     data = bytes(range(256)) * 100 + b"".join(
         bytes([65 + number]) * (65_536 - number) + b"\n"
@@ -448,7 +449,7 @@ def test_any_bytes_are_kept_as_they_are(koi, tmp_path):
     assert koitab.output_text(koi.output) == data
 
 
-def test_of_a_large_output_head_and_tail_are_kept(koi):
+def test_head_and_tail_of_a_large_output_are_kept(koi):
     serving(koi, '"it" @manual seq 1 500000\n')
     run, out, _, _ = koi.run("it")
     whole = "".join(f"{number}\n" for number in range(1, 500_001))
@@ -463,7 +464,7 @@ def test_of_a_large_output_head_and_tail_are_kept(koi):
     assert 500_000 < len(head) < 2**19 and 2**18 < len(tail) < 2**19
 
 
-def test_a_huge_output_costs_neither_the_job_nor_the_memory(koi, fifo):
+def test_huge_output_neither_ends_the_job_nor_fills_the_memory(koi, fifo):
     size = 200_000_000 if support.FULL else 50_000_000
     koi.installed = True
     serving(koi, f'"it" @manual head -c {size} /dev/zero; echo; echo end; '
@@ -482,7 +483,7 @@ def test_a_huge_output_costs_neither_the_job_nor_the_memory(koi, fifo):
     assert peak < 32 * 1024, f"{peak} kB"
 
 
-def test_what_is_written_fast_can_be_read_meanwhile(koi):
+def test_fast_output_can_be_read_while_it_is_written(koi):
     """Its file is overwritten while we read it: what we are given must
     still be frames, and nothing else in them than it wrote."""
     serving(koi, '"it" @manual yes 0123456789\n')
@@ -501,7 +502,7 @@ def test_what_is_written_fast_can_be_read_meanwhile(koi):
     koi.ask("kill", run=run)
 
 
-def test_what_a_job_leaves_behind_holds_no_run_open_and_lives_on(
+def test_process_left_by_a_job_survives_and_does_not_keep_the_run_active(
         koi, fifo, tmp_path):
     """It may write as much as it likes: nobody reads it, and it is not
     hurt. The pipe has room for 64 KB."""
@@ -522,14 +523,14 @@ def test_what_a_job_leaves_behind_holds_no_run_open_and_lives_on(
     assert koi.row(run) == kept
 
 
-def test_what_comes_just_after_the_end_is_kept(koi):
+def test_output_just_after_the_end_of_a_job_is_kept(koi):
     koi.set_constants(LINGER=30.0)     # it is late however slow the machine is
     serving(koi, '"it" @manual (sleep 0.2; echo late) & echo done\n')
     run, out, _, _ = koi.run("it")
     assert out == b"done\nlate\n" and koi.text_of(run) == "done\nlate\n"
 
 
-def test_a_job_that_closes_its_output_runs_on_and_costs_nothing(koi, fifo):
+def test_job_that_closes_its_output_continues_and_costs_no_cpu_time(koi, fifo):
     serving(koi, f'"it" @manual exec >&- 2>&-; {fifo.wait}; exit 5\n')
     run, frames = follow(koi, "it")
     header = koi.running(run)
@@ -546,7 +547,7 @@ def test_a_job_that_closes_its_output_runs_on_and_costs_nothing(koi, fifo):
 # What the KOI_ settings do
 # ==========================================================================
 
-def test_a_job_whose_time_is_up_is_asked_to_end_and_then_killed(koi):
+def test_job_over_its_time_limit_gets_sigterm_and_then_sigkill(koi):
     """TERM goes to all of its group; KILL comes a little later."""
     koi.set_constants(KILL_AFTER=1.0)
     serving(koi, """\
@@ -588,7 +589,7 @@ def test_runs_of_a_job_may_overlap(koi, tmp_path):
         assert frames.end()["exit"] == 0
 
 
-def test_a_run_is_skipped_while_the_last_one_goes_on(koi, fifo):
+def test_run_is_skipped_while_the_previous_one_is_running(koi, fifo):
     serving(koi, f'KOI_OVERLAP=skip\n"it" @manual echo on; {fifo.wait}\n'
             f'"other" @manual echo other\n')
     run = koi.launch("it")
@@ -607,7 +608,7 @@ def test_a_run_is_skipped_while_the_last_one_goes_on(koi, fifo):
     assert koi.end_of(second)["exit"] == 0
 
 
-def test_runs_wait_in_line(koi, fifo):
+def test_queued_runs_start_one_after_another(koi, fifo):
     serving(koi, f'KOI_OVERLAP=queue\n"it" @manual echo {{{{N}}}}; '
             f'{fifo.wait}\n')
     runs = [follow(koi, "it", N=str(number)) for number in range(3)]
@@ -623,7 +624,7 @@ def test_runs_wait_in_line(koi, fifo):
         assert later["started"] >= earlier["ended"]
 
 
-def test_a_run_replaces_the_one_before(koi):
+def test_run_replaces_the_previous_one(koi):
     serving(koi, 'KOI_OVERLAP=replace\n"it" @manual echo on; exec sleep '
             '{{For}}\n')
     first, frames = follow(koi, "it", For="60")
@@ -635,7 +636,7 @@ def test_a_run_replaces_the_one_before(koi):
     assert koi.row(second)["started"] >= koi.row(first)["ended"]
 
 
-def test_a_job_that_fails_is_tried_again(koi, tmp_path):
+def test_failed_job_is_retried(koi, tmp_path):
     koi.set_constants(RETRY_FIRST=0.2)
     count = f"echo >> {tmp_path}/$1; [ $(wc -l < {tmp_path}/$1) -ge"
     (tmp_path / "try").write_text(f"{count} $2 ]\n")
@@ -671,7 +672,7 @@ def test_a_job_that_fails_is_tried_again(koi, tmp_path):
     assert len(koi.history()) == 10
 
 
-def test_a_run_that_somebody_ended_is_not_tried_again(koi, clock):
+def test_killed_run_is_not_retried(koi, clock):
     koi.tab('KOI_RETRY=3\n"it" @manual exec sleep 60\n')
     clock.start(EDGE)
     run = koi.launch("it")
@@ -683,7 +684,7 @@ def test_a_run_that_somebody_ended_is_not_tried_again(koi, clock):
     assert len(koi.history()) == 1
 
 
-def test_a_secret_is_there_when_a_job_is_tried_again(koi):
+def test_retry_of_a_job_gets_its_secret_again(koi):
     koi.set_constants(RETRY_FIRST=0.05)
     serving(koi, 'KOI_RETRY=1\n"it" @manual echo {{Key, secret}} | wc -c; '
             'false\n')
@@ -698,7 +699,7 @@ def rows(koi, table: str) -> list:
         return [row[0] for row in db.execute(f"select * from {table}")]
 
 
-def test_a_job_keeps_as_many_runs_as_it_says(koi):
+def test_job_keeps_as_many_runs_as_koi_keep(koi):
     serving(koi, 'KOI_KEEP=3\n"it" @manual echo it\nKOI_KEEP=1\n'
             '"one" @manual echo one\n')
     runs = [koi.launch("it") for _ in range(6)]
@@ -714,7 +715,7 @@ def test_a_job_keeps_as_many_runs_as_it_says(koi):
         koi.ask("log", run=runs[0])
 
 
-def test_runs_that_never_began_are_forgotten_as_well(koi, fifo):
+def test_runs_that_never_began_count_for_koi_keep(koi, fifo):
     """A job that hangs, with KOI_OVERLAP=skip, must not fill the disk."""
     serving(koi, f'KOI_KEEP=3\nKOI_OVERLAP=skip\n"it" @manual {fifo.wait}\n')
     run = koi.launch("it")
@@ -731,7 +732,8 @@ HOUR = 3600
 EDGE = 1795343400       # 2026-11-22 10:30:00 UTC
 
 
-def test_what_was_missed_is_told_and_made_up_for_once_if_wanted(koi, clock):
+def test_missed_starts_are_recorded_and_caught_up_once_with_koi_catchup(
+        koi, clock):
     tab = """\
         "hourly" 59 * * * * echo hourly
         KOI_CATCHUP=yes
@@ -763,7 +765,7 @@ def test_what_was_missed_is_told_and_made_up_for_once_if_wanted(koi, clock):
     assert koi.history() == before      # it is told once
 
 
-def test_jobs_at_the_start_of_the_machine_run_once_after_each_boot(koi):
+def test_reboot_jobs_run_once_after_each_boot(koi):
     tab = '"boot" @reboot echo up\n"other" @manual echo other\n'
     serving(koi, tab)
     assert short_of(*koi.ended("boot")) == ("reboot", "done", 0, None)
@@ -781,7 +783,7 @@ def test_jobs_at_the_start_of_the_machine_run_once_after_each_boot(koi):
         "boot", "boot", "more", "other"]
 
 
-def test_a_run_that_waited_too_long_is_late(koi, clock, fifo):
+def test_run_that_starts_too_late_is_recorded_as_late(koi, clock, fifo):
     koi.tab(f"""\
         KOI_OVERLAP=queue
         "patient" @manual {fifo.wait}
@@ -804,8 +806,7 @@ def test_a_run_that_waited_too_long_is_late(koi, clock, fifo):
     assert koi.row(first)["reason"] == ""
 
 
-def test_what_is_due_starts_at_the_minute_and_what_is_delayed_waits(koi,
-                                                                    clock):
+def test_due_jobs_start_at_the_minute_and_delayed_ones_wait(koi, clock):
     """And nothing else starts."""
     support.need_zone("Asia/Kabul")
     tab = """\
@@ -860,7 +861,7 @@ def in_files(koi, text: str) -> list[str]:
             if path.is_file() and text.encode() in path.read_bytes()]
 
 
-def test_a_secret_is_told_to_the_job_and_to_nobody_else(koi, fifo, tmp_path):
+def test_secret_argument_is_visible_only_to_the_job(koi, fifo, tmp_path):
     """Not by its output, in either stream, whole or in pieces; not by the
     history, the files, or the list of processes."""
     half = len(SECRET) // 2
@@ -888,7 +889,7 @@ tr -d '\\n'; {fifo.wait}; cut -c{half + 1}- {tmp_path}/given; printf end
     assert not in_files(koi, SECRET)
 
 
-def test_what_only_begins_like_a_secret_is_shown_in_the_end(koi):
+def test_output_that_only_begins_like_a_secret_is_shown_at_the_end(koi):
     serving(koi, '"it" @manual echo {{Key, secret}} | cut -c1-3 | '
             "tr -d '\\n'; echo out | tr -d '\\n' >&2\n")
     run, out, err, _ = koi.run("it", Key="secret")
@@ -900,7 +901,7 @@ def test_what_only_begins_like_a_secret_is_shown_in_the_end(koi):
 # Who waits for the output
 # ==========================================================================
 
-def test_a_client_that_goes_away_leaves_the_job_running(koi, fifo):
+def test_disconnected_client_leaves_the_job_running(koi, fifo):
     serving(koi, f'"it" @manual echo on; {fifo.wait}; seq 100000; exit 3\n')
     run, frames = follow(koi, "it")
     frames.wait(b"on")
@@ -917,7 +918,7 @@ def wait_until_it_waits(koi, run: int) -> None:
     wait_until_idle(koi.header(run).supervisor)
 
 
-def test_a_slow_reader_makes_the_job_wait_and_misses_nothing(koi, tmp_path):
+def test_slow_reader_delays_the_job_and_misses_no_output(koi, tmp_path):
     serving(koi, f'"it" @manual seq 400000; echo done > {tmp_path}/done\n')
     run, frames = follow(koi, "it")
     koi.running(run)
@@ -930,7 +931,7 @@ def test_a_slow_reader_makes_the_job_wait_and_misses_nothing(koi, tmp_path):
     assert (tmp_path / "done").exists()
 
 
-def test_a_reader_who_gives_up_sets_the_job_free(koi):
+def test_job_continues_after_its_slow_reader_disconnects(koi):
     serving(koi, '"it" @manual seq 400000\n')
     run, frames = follow(koi, "it")
     koi.running(run)
@@ -954,7 +955,7 @@ def test_a_signal_from_the_client_reaches_the_jobs_group(koi, number):
     assert koi.end_of(run)["reason"] == ""
 
 
-def test_a_client_may_kill(koi):
+def test_client_can_kill_the_job(koi):
     serving(koi, '"it" @manual trap "" TERM INT; echo on; sleep 60\n')
     _, frames = follow(koi, "it")
     frames.wait(b"on\n")
@@ -966,7 +967,7 @@ def test_a_client_may_kill(koi):
 # Killing
 # ==========================================================================
 
-def test_a_run_is_ended_by_term_and_then_by_kill(koi):
+def test_kill_sends_sigterm_and_then_sigkill(koi):
     koi.set_constants(KILL_AFTER=0.3)
     serving(koi, """\
         "good" @manual trap 'echo bye; exit 3' TERM; echo on; sleep 60 & wait
@@ -987,7 +988,7 @@ def test_a_run_is_ended_by_term_and_then_by_kill(koi):
         koi.ask("kill", run=99)
 
 
-def test_a_run_that_waits_can_be_killed(koi, fifo):
+def test_queued_run_can_be_killed(koi, fifo):
     serving(koi, f'KOI_OVERLAP=queue\n"it" @manual echo on; {fifo.wait}\n')
     first, second = follow(koi, "it"), follow(koi, "it")
     first[1].wait(b"on")
@@ -1005,7 +1006,7 @@ def test_a_run_that_waits_can_be_killed(koi, fifo):
 # Tabs that change
 # ==========================================================================
 
-def test_an_installed_tab_holds_before_the_reply(koi):
+def test_installed_tab_is_in_force_before_the_reply(koi):
     serving(koi, '"old" @manual echo old\n')
     for number in range(5):
         text = f'"new {number}" @manual echo {number}\n'
@@ -1022,7 +1023,7 @@ def test_an_installed_tab_holds_before_the_reply(koi):
     assert koi.ask("remove")["removed"] is False
 
 
-def test_a_tab_with_a_fault_changes_nothing(koi):
+def test_invalid_tab_is_not_installed(koi):
     serving(koi, '"old" @manual echo old\n')
     reply = koi.ask("install", text='"new" @manual echo\n99 * * * * no\n')
     assert reply["installed"] is False
@@ -1030,7 +1031,7 @@ def test_a_tab_with_a_fault_changes_nothing(koi):
     assert koi.names() == ["old"] and "old" in koi.ask("list")["text"]
 
 
-def test_a_tab_edited_by_hand_is_taken_up_by_the_next_minute(koi):
+def test_tab_edited_by_hand_is_in_force_by_the_next_minute(koi):
     koi.set_constants(SETTLE=0.05)
     serving(koi, '"old" @manual echo old\n')
     path = koi.home / "tabs" / koi.user
@@ -1055,7 +1056,8 @@ def test_a_tab_edited_by_hand_is_taken_up_by_the_next_minute(koi):
     taken()
 
 
-def test_a_run_that_waits_while_its_arguments_change(koi, fifo, tmp_path):
+def test_queued_run_keeps_its_values_when_the_arguments_of_its_job_change(
+        koi, fifo, tmp_path):
     """It begins as it was asked for, or it is told why not."""
     tab = (f'KOI_OVERLAP=queue\n"it" @manual [ -e {tmp_path}/on ] || {{ '
            f'touch {tmp_path}/on; {fifo.wait}; }}; echo {{{{A}}}}\n'
@@ -1157,7 +1159,7 @@ UNSAFE = ["-oQ/tmp/queue", "-t", "@koi.invalid", "a@koi.invalid b@koi.invalid",
 
 
 @support.root_only
-def test_mail_goes_out_by_crons_rules(koi, post):
+def test_mail_is_sent_by_the_rules_of_cron(koi, post):
     lines = []
     for name, (to, command, _) in SENT.items():
         lines += [f'MAILTO="{to}"'] * (to is not None) + [
@@ -1175,7 +1177,7 @@ def test_mail_goes_out_by_crons_rules(koi, post):
 
 
 @support.root_only
-def test_no_address_is_an_option_or_more_than_an_address(koi, post):
+def test_unsafe_mail_address_gets_no_mail(koi, post):
     lines = []
     for number, to in enumerate(UNSAFE):
         lines += [f"MAILTO='{to}'", f'"n{number}" @reboot echo no']
@@ -1194,7 +1196,7 @@ def test_no_address_is_an_option_or_more_than_an_address(koi, post):
 
 
 @support.root_only
-def test_a_letter_has_crons_headers_and_tells_no_variables(koi, post):
+def test_mail_has_the_headers_of_cron_and_no_variables_of_the_tab(koi, post):
     host = os.uname().nodename.partition(".")[0]
     raw_tab(koi, "TOKEN=very-secret\n"
             '@reboot echo "Grüße"; cat%five\\%%input\n'
@@ -1272,7 +1274,7 @@ def test_any_output_can_be_mailed(koi, post, tmp_path):
 
 
 @support.root_only
-def test_a_large_output_is_mailed_as_it_is_kept(koi, post):
+def test_large_output_is_mailed_with_the_stored_head_and_tail(koi, post):
     serving(koi, "@reboot seq 500000\n")
     letter, = mailed(koi, post, 1)
     assert letter.text.startswith("1\n2\n3\n")
@@ -1316,8 +1318,7 @@ def test_a_job_of_a_user_is_mailed_by_that_user(koi, host, tmp_path):
 
 
 @support.root_only
-def test_mail_that_was_due_when_koid_was_killed_is_sent_by_the_next(
-        koi, post):
+def test_mail_due_when_koid_was_killed_is_sent_by_the_next_koid(koi, post):
     post.silent = True          # two letters get stuck, one waits
     raw_tab(koi, "".join(f'"n{number}" @reboot echo {number}\n'
                          for number in range(3)))
@@ -1338,7 +1339,7 @@ def test_mail_that_was_due_when_koid_was_killed_is_sent_by_the_next(
 
 
 @support.root_only
-def test_a_server_that_takes_no_mail_is_told(koi, post):
+def test_mail_refused_by_the_server_is_logged(koi, post):
     post.answers = {"RCPT": "550 nobody of that name"}
     serving(koi, '"it" @reboot echo it\n"other" @manual echo other\n')
     wait_until(lambda: marks(koi)["it"].startswith("failed"), 30, "the mail")
@@ -1375,7 +1376,7 @@ def logged(log, text: str) -> str:
 
 
 @support.root_only
-def test_without_a_sendmail_that_is_only_logged(koi, host, syslog):
+def test_missing_sendmail_is_only_logged(koi, host, syslog):
     """As cron does. And each start is logged, in cron's words."""
     for path in koitab.SENDMAILS:
         if os.path.exists(path):
@@ -1391,7 +1392,7 @@ def test_without_a_sendmail_that_is_only_logged(koi, host, syslog):
     assert "MTA" not in koi.log()
 
 
-def test_the_supervisor_of_a_job_that_cannot_start_goes_away(koi):
+def test_supervisor_of_an_unstartable_job_exits(koi):
     serving(koi, 'SHELL=/no/such/shell\n"it" @manual true\n')
     koi.launch("it")
     assert koi.ended("it")[0]["state"] == "unstartable"

@@ -72,7 +72,7 @@ def test_the_dashboard_is_ready_when_it_listens(tmp_path, manager):
 
 
 @support.root_only
-def test_a_line_is_in_the_journal_once(koi, tmp_path):
+def test_every_line_is_in_the_journal_once(koi, tmp_path):
     """systemd connects stderr with the journal, and the journal is also what
     reads the lines for syslog."""
     support.need("unshare")
@@ -106,7 +106,7 @@ def test_a_line_is_in_the_journal_once(koi, tmp_path):
         assert ours.recv(500) == b""        # nothing on stderr
 
 
-def test_without_a_journal_the_lines_are_on_stderr(koi):
+def test_log_lines_are_printed_to_stderr_without_a_journal(koi):
     koi.tab("")
     koi.start(JOURNAL_STREAM="1:2")
     wait_until(lambda: f"koid: koid {koitab.VERSION}: 0 jobs\n" in koi.log(),
@@ -116,7 +116,7 @@ def test_without_a_journal_the_lines_are_on_stderr(koi):
 # --- places that cannot be written ------------------------------------------
 
 @support.root_only
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_directory_is_named(tmp_path):
     """A read-only /run has no room for cron's PID file, a read-only state
     directory names the variable that moves it."""
     host = support.Host(tmp_path)

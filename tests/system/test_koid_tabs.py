@@ -89,7 +89,7 @@ def test_run_that_fails_after_its_job_changed_has_no_retry(koi, clock, gate,
     assert koi.unfinished() == []
 
 
-def test_retry_obeys_the_settings_of_the_tab_now(koi, clock, gate):
+def test_retry_follows_the_current_settings_of_the_tab(koi, clock, gate):
     tab = f'KOI_RETRY=5\n"it" @manual {gate.wait}; echo $A; false\n'
     koi.tab("A=old\n" + tab)
     clock.start(EDGE)
@@ -211,7 +211,7 @@ def test_renamed_job_keeps_its_history(koi, before, after, name, restart):
 
 
 @pytest.mark.parametrize("before, after", ANEW)
-def test_another_job_begins_a_history_of_its_own(koi, before, after):
+def test_new_job_begins_a_new_history(koi, before, after):
     koi.tab(before)
     koi.start()
     koi.run("a")
@@ -221,7 +221,7 @@ def test_another_job_begins_a_history_of_its_own(koi, before, after):
         == dict.fromkeys(set(koi.names()) - {"a"}, 0)
 
 
-def test_job_of_another_file_or_user_takes_no_history_over():
+def test_job_of_another_file_or_user_does_not_get_the_history():
     def job(user="alice", file="/t"):
         return koitab.ScheduledJob(
             koitab.parse_tab("@reboot true\n").jobs[0],
@@ -267,7 +267,7 @@ def count(koi, table: str) -> int:
         return db.execute(f"select count(*) from {table}").fetchone()[0]
 
 
-def test_history_of_a_removed_job_goes_after_30_days(koi, clock):
+def test_history_of_a_removed_job_is_deleted_after_30_days(koi, clock):
     koi.set_constants(FORGET_AT_ONCE=2)
     kept = '"kept" @manual echo\n'
     koi.tab(kept + '"gone" @manual echo\n')
