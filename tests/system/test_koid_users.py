@@ -211,7 +211,7 @@ def out(tmp_path):
 # The places ------------------------------------------------------------------
 
 
-def test_everyone_reaches_the_socket_and_only_root_the_home(town):
+def test_every_user_can_use_the_socket_and_only_root_the_home(town):
     town.start()
     assert support.mode(town.root / "run/koi/koid.sock") == 0o666
     assert support.mode(town.root / "run/koi") == 0o755
@@ -224,12 +224,12 @@ def test_everyone_reaches_the_socket_and_only_root_the_home(town):
     assert "PermissionError" in listed.err
 
 
-def test_a_strict_umask_of_roots_shuts_nobody_out(town):
+def test_strict_umask_of_root_does_not_exclude_users(town):
     town.start(wrap=STRICT)
     assert town.caller(ALICE).ask("list")["text"] is None
 
 
-def test_a_tab_holds_before_the_answer_comes_and_is_the_users_own(town):
+def test_installed_tab_is_in_force_before_the_reply_and_private(town):
     town.start()
     alice = town.caller(ALICE)
     alice.tab('"Mine" @manual id -un\n')
@@ -321,7 +321,7 @@ def test_root_acts_for_anyone(busy):
         busy.ask("list", user="nobody-such")
 
 
-def test_name_of_a_job_means_roots_own_for_root(town):
+def test_job_name_given_by_root_means_a_job_of_root(town):
     """alice cannot have root run, see or kill a job of hers by its name."""
     town.tab('"Deploy" @manual echo trap\n"Hers" @manual sleep 600\n', ALICE)
     town.tab('"Deploy" @manual echo of root\n')
@@ -354,7 +354,7 @@ def test_name_of_a_job_means_roots_own_for_root(town):
 @pytest.mark.parametrize("name", [
     "../x", "..", ".", "/etc/passwd", "alice/../root", "alice\0", "\ud800",
     "a" * 5000, "-", "*", "alice\n"])
-def test_a_user_that_there_cannot_be_is_unknown(town, name):
+def test_impossible_user_name_is_an_unknown_user(town, name):
     town.start()
     with pytest.raises(koitab.Error, match="unknown"):
         town.ask("install", user=name, text="@manual id\n")
@@ -362,7 +362,7 @@ def test_a_user_that_there_cannot_be_is_unknown(town, name):
     assert not (town.home / "x").exists()
 
 
-def test_74_one_users_run_takes_nothing_from_the_others_tab(town):
+def test_run_of_one_user_reads_nothing_from_the_tab_of_another(town):
     """Two jobs of one name, each its user's."""
     town.start()
     callers = {who: town.caller(who) for who in (ALICE, MALLORY)}
@@ -393,7 +393,7 @@ ALLOWED = [     # koi.allow, koi.deny, who may use koitab, who may not
 ]
 
 
-def test_81_koi_allow_and_koi_deny_are_as_crons(town):
+def test_koi_allow_and_koi_deny_work_like_those_of_cron(town):
     folder = town.folder / "rules"
     town.set_constants(ACCESS_FILES=((f"{folder}/koi.allow", True),
                                      (f"{folder}/koi.deny", False))).start()
@@ -419,7 +419,7 @@ def test_81_koi_allow_and_koi_deny_are_as_crons(town):
         shutil.rmtree(folder)
 
 
-def test_81_a_denied_users_tab_is_closed_to_root_too(town):
+def test_tab_of_an_excluded_user_cannot_be_installed_by_root(town):
     """As in Debian's: the tab's user counts, not the caller."""
     (town.folder / "koi.deny").write_text("alice\n")
     town.set_constants(
@@ -505,7 +505,7 @@ def bobs(town):
     return lambda name: town.caller(uid_of(name))
 
 
-def test_73_a_tab_that_others_could_have_written_is_not_used(town, bobs):
+def test_tab_that_others_can_write_is_not_used(town, bobs):
     for name, (make, _) in NOT_BELIEVED.items():
         make(town.home / "tabs" / name, town)
     town.tab(GOOD, MALLORY)
@@ -525,7 +525,7 @@ def test_73_a_tab_that_others_could_have_written_is_not_used(town, bobs):
     assert mallory.ask("run", job="Job")["exit"] == 0
 
 
-def test_73_a_tab_that_root_alone_could_have_written_is_used(town, bobs):
+def test_tab_that_only_root_can_write_is_used(town, bobs):
     makers = {"bob1": plain, "bob2": with_mode(0o644),
               "bob3": with_mode(0o400)}
     for name, make in makers.items():
@@ -535,7 +535,7 @@ def test_73_a_tab_that_root_alone_could_have_written_is_used(town, bobs):
         assert bobs(name).ask("run", job="Job")["text"] == f"{name}\n"
 
 
-def test_73_a_tab_that_becomes_open_to_others_is_dropped(town):
+def test_tab_that_becomes_writable_by_others_is_dropped(town):
     path = town.tab(GOOD, ALICE)
     town.start()
     path.chmod(0o666)
@@ -548,14 +548,14 @@ def test_73_a_tab_that_becomes_open_to_others_is_dropped(town):
     assert alice.ask("run", job="Job")["exit"] == 0
 
 
-def test_73_an_open_home_is_refused_with_what_to_type(town):
+def test_home_accessible_to_others_is_refused_with_a_command(town):
     town.home.chmod(0o755)
     with pytest.raises(pytest.fail.Exception):
         town.start()
     assert "chmod 700 /var/lib/koi" in town.log()
 
 
-def test_73_a_home_that_is_a_link_or_anothers_is_refused(town):
+def test_home_that_is_a_link_or_owned_by_another_user_is_refused(town):
     shutil.rmtree(town.home)
     elsewhere = town.folder / "elsewhere"
     elsewhere.mkdir(mode=0o700)
@@ -571,7 +571,7 @@ def test_73_a_home_that_is_a_link_or_anothers_is_refused(town):
     assert "belongs to another user" in town.log()
 
 
-def test_79_a_faulty_text_is_not_installed_and_the_old_tab_stays(town):
+def test_invalid_tab_is_not_installed_and_the_old_one_is_kept(town):
     town.start()
     alice = town.caller(ALICE)
     alice.tab(GOOD)
@@ -583,7 +583,7 @@ def test_79_a_faulty_text_is_not_installed_and_the_old_tab_stays(town):
     assert alice.ask("run", job="Job")["exit"] == 0
 
 
-def test_78_a_tab_of_any_size_is_answered(town):
+def test_tab_above_a_size_limit_is_refused_with_the_limit(town):
     town.start()
     alice = town.caller(ALICE)
     for text, why in (("@manual x\n" * 10_001, "10,000"),
@@ -653,8 +653,7 @@ def probed(town, who: str, probe: str, settings: str = "",
     (ALICE, support.ALICE_UID, [support.ALICE_UID, *GROUPS]),
     (MALLORY, support.MALLORY_UID, [support.MALLORY_UID]),
     (WWW, 33, [33]), ("nobody", 65534, [65534])])
-def test_80_a_job_has_its_users_rights_and_no_others(town, probe, who, uid,
-                                                     groups):
+def test_job_has_only_the_rights_of_its_user(town, probe, who, uid, groups):
     job = probed(town, who, probe)
     assert job["uids"] == [uid] * 3 and job["gids"] == [uid] * 3
     assert job["groups"] == groups
@@ -663,13 +662,13 @@ def test_80_a_job_has_its_users_rights_and_no_others(town, probe, who, uid,
         assert int(job["status"][name], 16) == 0, name
 
 
-def test_83_a_job_has_three_descriptors_and_a_clean_slate(town, probe):
+def test_job_has_three_descriptors_and_a_clean_process_state(town, probe):
     job = probed(town, ALICE, probe, wrap=STRICT)
     assert job["fds"] == [0, 1, 2]
     assert job["umask"] == 0o022 and job["leads"]
 
 
-def test_83_signals_that_koid_ignores_do_their_work_in_a_job(town):
+def test_signals_ignored_by_koid_have_their_default_action_in_a_job(town):
     town.tab('"Status" @manual grep Sig /proc/self/status\n', ALICE)
     town.start()
     text = town.caller(ALICE).ask("run", job="Status")["text"]
@@ -678,8 +677,7 @@ def test_83_signals_that_koid_ignores_do_their_work_in_a_job(town):
         assert int(masks[name], 16) & ~(3 << 31) == 0, text
 
 
-def test_84_a_job_has_the_environment_of_cron_and_nothing_of_koids(
-        town, probe):
+def test_job_has_only_the_environment_of_cron(town, probe):
     job = probed(town, ALICE, probe, "OWN=1\nUSER=root\nLOGNAME=root\n")
     host = set(koitab.Machine().host_environment()) - {"SHELL", "PATH"}
     assert {name: value for name, value in job["environment"].items()
@@ -689,7 +687,7 @@ def test_84_a_job_has_the_environment_of_cron_and_nothing_of_koids(
         "KOI_RUN": job["environment"]["KOI_RUN"]}
 
 
-def test_root_jobs_are_roots(town):
+def test_job_in_the_tab_of_root_runs_as_root(town):
     town.tab('"Root" @manual id -u; id -G\n')
     town.start()
     _, out, _, end = town.run("Root")
@@ -705,7 +703,7 @@ NOT_THE_USER = [
 
 
 @pytest.mark.parametrize("fault", NOT_THE_USER)
-def test_80_a_job_that_cannot_become_its_user_is_not_run(town, out, fault):
+def test_job_that_cannot_become_its_user_is_not_run(town, out, fault):
     support.need("strace")
     town.tab(f'"Job" @manual id > {out}/ran\n', ALICE)
     name = fault.partition(":")[0]
@@ -722,7 +720,7 @@ def test_80_a_job_that_cannot_become_its_user_is_not_run(town, out, fault):
     assert "error" not in alice.ask("history")      # it lives
 
 
-def test_82_a_home_that_only_its_user_can_enter_is_where_a_job_runs(town):
+def test_job_starts_in_a_home_that_only_its_user_can_enter(town):
     town.place.home[ALICE].chmod(0o700)
     town.tab('"Where" @manual pwd\n', ALICE)
     town.start()
@@ -734,7 +732,8 @@ def test_82_a_home_that_only_its_user_can_enter_is_where_a_job_runs(town):
 @pytest.mark.parametrize("home, why", [
     ("{root}", "Permission denied"), ("/no/such/home", "No such file"),
     ("/etc/passwd", "Not a directory")])
-def test_82_a_job_is_not_put_where_its_user_cannot_go(town, home, why):
+def test_job_does_not_start_in_a_directory_its_user_cannot_enter(
+        town, home, why):
     """Somebody who goes there before he gives up root would be let in."""
     closed = town.folder / "of-root"
     closed.mkdir(mode=0o700)
@@ -747,20 +746,20 @@ def test_82_a_job_is_not_put_where_its_user_cannot_go(town, home, why):
     assert home in reply["notes"][0] and reply["exit"] == 0
 
 
-def test_82_whom_debian_gives_no_home_hears_nothing_of_it(town):
+def test_home_nonexistent_of_debian_gets_no_note(town):
     town.tab('HOME=/nonexistent\n"Where" @manual pwd\n', ALICE)
     town.start()
     reply = town.caller(ALICE).ask("run", job="Where")
     assert (reply["text"], reply["notes"]) == ("/\n", [])
 
 
-def test_82_a_home_without_a_slash_does_not_mean_where_koid_was_started(town):
+def test_home_without_a_slash_is_not_relative_to_the_directory_of_koid(town):
     town.tab('HOME=.\n"Where" @manual pwd\n', ALICE)
     town.start(wrap=("env", "-C", str(town.folder)))
     assert town.caller(ALICE).ask("run", job="Where")["text"] == "/\n"
 
 
-def test_81_the_job_of_a_user_who_is_gone_is_recorded_and_not_run(town, out):
+def test_job_of_a_deleted_user_is_recorded_and_not_run(town, out):
     passwd = town.place.folder / "passwd"
     before = passwd.read_text()
     town.people("bob:x:1600:1600::/:/bin/sh\n")
@@ -779,7 +778,7 @@ def test_81_the_job_of_a_user_who_is_gone_is_recorded_and_not_run(town, out):
 
 @pytest.mark.parametrize("line", [
     "bob:x:4294967295:1600::/:/bin/sh\n", "bob:x:65535:1600::/:/bin/sh\n"])
-def test_81_a_uid_that_would_mean_no_change_is_no_user(town, out, line):
+def test_job_of_a_user_with_a_reserved_uid_is_not_run(town, out, line):
     town.people(line)
     town.tab(f'"Bobs" @manual id > {out}/ran\n', "bob")
     town.start()
@@ -793,7 +792,7 @@ def test_81_a_uid_that_would_mean_no_change_is_no_user(town, out, line):
     ("bob:x:1600:1600::/:/bin/false\n", 1600),
     ("bob:x:1600:1600::/:\n", 1600),
     ("toor:x:0:0::/root:/bin/sh\n", 0)])
-def test_81_a_user_who_may_not_log_in_has_jobs_all_the_same(town, line, uid):
+def test_jobs_of_a_user_without_a_login_shell_run(town, line, uid):
     """As in cron: www-data's tab is why."""
     town.people(line)
     name = line.partition(":")[0]
@@ -849,7 +848,7 @@ print(json.dumps(reached))
 """
 
 
-def test_86_a_supervisor_and_its_files_are_out_of_its_users_reach(busy):
+def test_user_cannot_access_a_supervisor_or_its_files(busy):
     """It runs as alice, but it is a part of koid's memory."""
     supervisor = busy.running(2).supervisor
     status = Path(f"/proc/{supervisor}/status").read_text()
@@ -859,7 +858,7 @@ def test_86_a_supervisor_and_its_files_are_out_of_its_users_reach(busy):
     assert (tried.out, tried.err) == ("[]\n", ""), tried
 
 
-def test_86_a_supervisor_that_its_user_kills_is_noted_and_nothing_else(busy):
+def test_supervisor_killed_by_its_user_interrupts_only_its_run(busy):
     run = busy.running(2)
     killed = busy.python_as(ALICE, "os.kill(int(sys.argv[1]), 9)",
                             str(run.supervisor))
@@ -872,7 +871,7 @@ def test_86_a_supervisor_that_its_user_kills_is_noted_and_nothing_else(busy):
     assert busy.caller(ALICE).ask("run", job="Hers")["text"] == "secret\n"
 
 
-def test_85_an_argument_is_in_no_command_line(town):
+def test_argument_value_is_not_in_any_command_line(town):
     town.tab('"Hush" @manual echo {{Word, secret}} | wc -c; '
              'cat /proc/[0-9]*/cmdline | tr "\\0" " "\n', ALICE)
     town.start()
@@ -888,7 +887,7 @@ def test_85_an_argument_is_in_no_command_line(town):
 # A full table of processes (87, fault 34) ------------------------------------
 
 
-def test_87_a_user_who_has_too_many_processes_waits_for_room(town, tmp_path):
+def test_run_of_a_user_at_the_process_limit_waits(town, tmp_path):
     gate = tmp_path / "gate"
     town.tab(f'"First" @manual cat {gate}; true\n'
              '"Second" @manual id -un\n', CAROL)
@@ -913,7 +912,7 @@ def test_87_a_user_who_has_too_many_processes_waits_for_room(town, tmp_path):
     assert (reply["text"], reply["exit"]) == ("carol\n", 0)
 
 
-def test_87_after_a_minute_without_room_the_run_is_unstartable(town):
+def test_run_that_waits_a_minute_for_a_process_is_unstartable(town):
     town.tab('"Long" @manual sleep 600; true\n"Second" @manual id\n', CAROL)
     town.tab('"His" @manual id -un\n', DAVE)
     town.set_constants(TRY_FOR=1.0).start(wrap=("prlimit", "--nproc=4"))
@@ -946,7 +945,7 @@ def processes_of(uid: int) -> int:
 
 
 @pytest.mark.parametrize("call", ["clone", "clone3"])
-def test_87_koid_survives_a_system_that_starts_no_process(town, call):
+def test_koid_survives_a_system_without_free_processes(town, call):
     support.need("strace")
     town.tab('"Hers" @manual id -un\n', ALICE)
     town.start(wrap=("strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e",
@@ -1019,7 +1018,7 @@ for line in sys.stdin.buffer.read().split(b"\\n--\\n"):
 """
 
 
-def test_every_bad_request_is_refused_in_words(town):
+def test_invalid_request_is_refused_with_a_message(town):
     town.tab('"Odd" @manual echo {{A}}\n', MALLORY)
     town.start()
     mallory = town.popen(town.as_user(
@@ -1086,8 +1085,8 @@ for _ in range(2_000):
 
 
 @pytest.mark.parametrize("name", HARM)
-def test_koid_answers_others_within_a_second_whatever_one_sends(town, clock,
-                                                                name):
+def test_hostile_client_does_not_delay_replies_to_others_by_a_second(
+        town, clock, name):
     """A second of koid's own; its clock stands, so nobody is sent away."""
     town.tab('"Big" @manual head -c 900000 /dev/zero\n', MALLORY)
     town.tab('"Hers" @manual id -un\n', ALICE)
@@ -1110,7 +1109,7 @@ def test_koid_answers_others_within_a_second_whatever_one_sends(town, clock,
         f"/proc/{town.daemon.pid}/fd")) <= files, 10, "koid to let go")
 
 
-def test_a_flood_of_calls_keeps_neither_jobs_nor_others_waiting(town):
+def test_flood_of_connections_delays_neither_jobs_nor_other_users(town):
     town.tab('"Hers" @manual id -un\n', ALICE)
     town.start()
     alice = town.caller(ALICE)
@@ -1152,7 +1151,7 @@ MANY_JOBS = "".join(f"0 {n % 24} 29 2 * true {n}\n"
                     for n in range(9999 if support.FULL else 999))
 
 
-def test_one_user_has_one_request_carried_out_in_a_turn(town, tmp_path):
+def test_koid_handles_one_request_of_each_user_per_turn(town, tmp_path):
     """Each request costs a look at all the jobs; 63 wait all the time."""
     turns = tmp_path / "turns"
     town.patch += TURNS.format(path=str(turns))
@@ -1175,7 +1174,7 @@ if os.fork() == 0:
     assert max(line.count(MALLORY) for line in served.splitlines()) == 1
 
 
-def test_output_of_one_user_does_not_fill_the_disk(town):
+def test_output_of_one_user_is_limited_on_disk(town):
     """Only the oldest runs of that user are removed."""
     town.set_constants(BYTES_OF_HISTORY=4 * 2**20)
     town.tab('"Noise" @manual head -c 1200000 /dev/urandom\n', ALICE)
@@ -1198,7 +1197,7 @@ def test_output_of_one_user_does_not_fill_the_disk(town):
     assert len(town.history(job="Mine", user=MALLORY)) == 2
 
 
-def test_one_user_has_a_limited_number_of_active_runs(town):
+def test_number_of_active_runs_of_a_user_is_limited(town):
     town.set_constants(MOST_ACTIVE=5)
     town.tab('"Long" @manual sleep 600\n', ALICE)
     town.tab('"Mine" @manual echo mine\n', MALLORY)
@@ -1216,7 +1215,7 @@ def test_one_user_has_a_limited_number_of_active_runs(town):
     support.wait_until(lambda: len(town.ask("status")["running"]) == 11)
 
 
-def test_who_starts_few_runs_starts_before_who_starts_many(town, clock, out):
+def test_user_with_few_runs_starts_before_a_user_with_many(town, clock, out):
     """The tab of alice is read first."""
     town.tab("* * * * * true\n" * 30, ALICE)
     town.tab("* * * * * true\n", MALLORY)
@@ -1235,7 +1234,7 @@ k.fork_supervisor = noted_fork
     assert order[0] == MALLORY and set(order[1:]) <= {ALICE}
 
 
-def test_the_places_that_one_user_cannot_take_are_left_to_the_others(town):
+def test_one_user_cannot_take_all_connections(town):
     town.start()
     harmful(town, "doors = [call(b'{') for _ in range(64)]")
     mallory = town.caller(MALLORY)
@@ -1243,7 +1242,7 @@ def test_the_places_that_one_user_cannot_take_are_left_to_the_others(town):
     assert "error" not in town.caller(ALICE).ask("history")
 
 
-def test_replies_that_nobody_reads_do_not_fill_koid(town):
+def test_unread_replies_do_not_fill_the_memory_of_koid(town):
     town.tab('"Fat" @manual true {{A, text}} {{B, text}} {{C, text}}\n',
              MALLORY)
     town.start()
@@ -1261,7 +1260,7 @@ doors = [call(b'{"op": "history", "limit": 1000}\\n') for _ in range(60)]
     assert grown < 100
 
 
-def test_who_is_silent_is_hung_up_on(town, clock):
+def test_silent_client_is_disconnected(town, clock):
     clock.start(NOON)
     mallory = town.popen(town.as_user(MALLORY, town.program(RAW + """
 door = call(b'{"op": "list"')
@@ -1285,7 +1284,7 @@ sys.exit()
         assert mallory.stdout.readline() == state
 
 
-def test_a_tab_that_takes_long_to_read_is_soon_read(town):
+def test_large_tab_does_not_delay_other_users_by_a_second(town):
     """koid has one thread: as long as it reads, all wait."""
     town.start()
     mallory, alice = town.caller(MALLORY), town.caller(ALICE)
@@ -1410,7 +1409,7 @@ def noted(out: Path) -> dict[str, list[str]]:
             for path in out.iterdir() if path.stat().st_size}
 
 
-def test_koid_system_runs_what_debians_cron_runs_and_as_the_same_users(
+def test_koid_system_runs_the_jobs_of_debians_cron_as_the_same_users(
         tmp_path, host):
     """The same files on two hosts, one with each, and one minute."""
     support.need("cron", "faketime", "nsenter", "setpriv", "unshare")
@@ -1465,8 +1464,8 @@ def test_koid_system_runs_what_debians_cron_runs_and_as_the_same_users(
 
 
 @pytest.mark.parametrize("replaced", [True, False])
-def test_a_file_that_changes_counts_from_the_next_minute(system, out,
-                                                         replaced):
+def test_changed_crontab_is_in_force_from_the_next_minute(
+        system, out, replaced):
     """In place, which Debian's cron does not notice in the spool, or by
     rename."""
     clock = clockwork.StillClock(system)
@@ -1498,7 +1497,7 @@ def test_a_file_that_changes_counts_from_the_next_minute(system, out,
     assert noted(out) == {f"{place}-after": ["alice"] for place in places}
 
 
-def test_without_system_the_tabs_of_cron_are_left_to_cron(system, out):
+def test_koid_without_system_ignores_the_tabs_of_cron(system, out):
     system.write("crontab", f"* * * * * root id > {out}/ran\n")
     system.put(ALICE, f"* * * * * id > {out}/ran\n")
     cron = system.cron()
@@ -1532,7 +1531,7 @@ def served(system):
     return system
 
 
-def test_user_sees_all_that_koid_serves_and_no_line_of_others(served):
+def test_user_sees_all_their_served_jobs_and_no_line_of_others(served):
     shown = koitab_as(served, ALICE, "next")
     assert shown.code == 0 and "T04:30:00" in shown.out
     assert "echo of-alice $A" in shown.out and "T01:02:00" in shown.out
@@ -1554,7 +1553,7 @@ def test_user_runs_a_job_of_the_spool_and_status_shows_it(served):
 
 
 @pytest.mark.parametrize("args, code", [(["-l"], 1), (["-e"], 0)])
-def test_l_and_e_say_that_a_spool_crontab_is_served(served, args, code):
+def test_options_l_and_e_warn_of_a_served_spool_crontab(served, args, code):
     shown = koitab_as(served, ALICE, *args, EDITOR="true")
     assert shown.code == code
     assert f"warning: koid serves /{SPOOL}/{ALICE}, too\n" in shown.err
@@ -1562,7 +1561,7 @@ def test_l_and_e_say_that_a_spool_crontab_is_served(served, args, code):
     assert "koid serves" not in koitab_as(served, MALLORY, "-l").err
 
 
-def test_root_sees_the_system_tabs_and_a_number_starts_no_job(served):
+def test_root_sees_the_system_tabs_and_cannot_run_a_job_by_line_number(served):
     shown = koitab_as(served, 0, "next")
     for command in ("of-root", "of-alice", "secret"):
         assert f"echo {command}" in shown.out
@@ -1610,7 +1609,7 @@ def trouble(system, who=0) -> str:
     return "\n".join(problems)
 
 
-def test_status_reports_crontabs_that_nobody_serves(system):
+def test_status_reports_crontabs_that_no_daemon_serves(system):
     system.write("cron.d/t", "* * 1 1 * root true\n")
     system.write("cron.d/empty", "A=b\n")
     system.put(ALICE, "* * 1 1 * true\n", uid=support.ALICE_UID)
@@ -1638,7 +1637,7 @@ def test_koid_system_refuses_and_reports_a_cron_without_a_lock(system, words):
     assert f"cron runs (pid {cron.pid})" in system.log()
 
 
-def test_status_reports_two_crons(system):
+def test_status_reports_two_running_crons(system):
     system.start()
     first, second = fake_cron(system, "cron"), fake_cron(
         system, "busybox", "crond")
@@ -1647,7 +1646,7 @@ def test_status_reports_two_crons(system):
         assert f"cron (pid {cron.pid})" in said
 
 
-def test_status_reports_a_koid_of_the_users_own(town):
+def test_status_reports_a_second_koid_of_the_user(town):
     hers = town.folder / "hers"
     hers.mkdir()
     support.own(hers, support.ALICE_UID)
@@ -1687,7 +1686,7 @@ def test_koid_refuses_to_serve_crons_tabs_beside_cron(system):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_cron_takes_over_when_koid_stops_though_a_job_runs_on(
+def test_cron_starts_after_koid_stops_even_while_a_job_is_running(
         system, out, number):
     """A job and its supervisor must not hold the lock."""
     system.tab(f'"Long" @manual touch {out}/runs; sleep 600\n', ALICE)
@@ -1706,7 +1705,7 @@ def reboots(out: Path) -> int:
         if (out / "boots").exists() else 0
 
 
-def test_reboot_jobs_run_once_whoever_serves_first(system, out):
+def test_reboot_jobs_run_once_when_koid_and_then_cron_serve(system, out):
     system.write("crontab", f"@reboot root echo up >> {out}/boots\n")
     system.start("--system")
     support.wait_until(lambda: reboots(out), 20, "@reboot")
@@ -1732,7 +1731,7 @@ def test_koid_runs_no_reboot_job_that_cron_has_run(system, out, mark):
     assert (out / "boots").read_text() == "now\n"
 
 
-def test_koid_without_system_leaves_no_mark_of_crons(system, out):
+def test_koid_without_system_writes_no_file_of_cron(system, out):
     system.tab(f"@reboot echo up >> {out}/boots\n")
     system.start()
     support.wait_until(lambda: reboots(out), 20, "@reboot")
@@ -1754,7 +1753,8 @@ def test_koid_without_system_leaves_no_mark_of_crons(system, out):
     ({"XDG_STATE_HOME": "not/absolute"}, ".local/state/koi"),
     ({}, ".local/state/koi"),
 ])
-def test_a_users_own_koid_is_his_alone(town, where, home):
+def test_koid_of_an_ordinary_user_is_accessible_only_to_that_user(
+        town, where, home):
     base = town.place.home[ALICE]
     env = {"HOME": str(base), **{name: value.format(home=base)
                                  for name, value in where.items()}}
@@ -1786,7 +1786,7 @@ def test_an_ordinary_user_cannot_serve_the_system(town):
     assert b"only root can serve the tabs of the system" in done.stderr
 
 
-def test_an_ordinary_user_cannot_be_koid_for_all(town):
+def test_ordinary_user_cannot_serve_all_users(town):
     """Neither in root's home, nor at the socket that all would call."""
     town.start()
     done = subprocess.run(

@@ -217,7 +217,7 @@ def arrive(shell: str, room: Room, cases: list[tuple]) -> int:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_no_value_runs_and_each_arrives_whole(shell, tmp_path):
+def test_every_value_arrives_unchanged_and_none_is_executed(shell, tmp_path):
     support.need(shell)
     cases = matrix(shell, random.Random(91))
     done = in_parts(lambda room, part: arrive(shell, room, part), cases,
@@ -229,7 +229,7 @@ def test_no_value_runs_and_each_arrives_whole(shell, tmp_path):
     assert {value for _, value in cases} >= set(PAYLOADS)
 
 
-def test_a_redirection_goes_to_the_file_of_that_name(room):
+def test_value_in_a_redirection_names_the_file_exactly(room):
     job = job_of("echo k > {{v, text, }}")
     for value, shell in with_shells(PAYLOADS):
         name = os.fsdecode(as_bytes(value))
@@ -322,7 +322,7 @@ SAFE_IF_QUOTED = [      # where quote-and-substitute would do, and we do too
 REREAD = ["eval {{v}}", "echo k | xargs -I% sh -c {{v}}"]
 
 
-def test_all_27_contexts_are_told_apart():
+def test_every_shell_context_is_classified():
     for command in SAFE_IF_QUOTED:
         assert job_of(command)
     for command in REREAD:
@@ -330,7 +330,7 @@ def test_all_27_contexts_are_told_apart():
     assert KNOWN + len(SAFE_IF_QUOTED) + len(REREAD) == 27
 
 
-def test_koitab_says_where_and_how_to_mend(tmp_path):
+def test_koitab_names_the_place_of_a_refused_placeholder_and_the_fix(tmp_path):
     """All at once, in one tab; and koid runs none of them."""
     file = tmp_path / "tab"
     tab = "".join(f"@manual {command}\n" for command, _, _ in REFUSED)
@@ -351,7 +351,7 @@ def test_koitab_says_where_and_how_to_mend(tmp_path):
 
 
 @pytest.mark.parametrize("command", [line[0] for line in REFUSED])
-def test_a_context_is_refused_wherever_the_job_stands(command):
+def test_unsafe_context_is_refused_in_every_compound_command(command):
     for before, after in (("", ""), ("true; ", ""), ("(", ")"),
                           ("if true; then ", "; fi"), ("f() { ", "; }"),
                           ("case x in x) ", ";; esac"), ("V=1 ", " | cat"),
@@ -374,7 +374,7 @@ BREAKERS = [f"$({RUN})", f"`{RUN}`", f"';{RUN};'", f"x\n{RUN}\n",
             f'",system("{RUN}"),"', f"'; {RUN}; '", f"$({RUN})x"]
 
 
-def test_put_into_the_text_values_do_run(room):
+def test_values_pasted_into_the_command_text_are_executed(room):
     """The proof that a canary would be seen: the original's method."""
     for tool in ("python3", "awk", "sh"):
         (room.bin / tool).symlink_to(support.find(tool))
@@ -551,7 +551,7 @@ def stay_values(room: Room, jobs: list) -> int:
     return arrived
 
 
-def test_no_value_runs_in_a_line_that_is_taken(tmp_path):
+def test_accepted_random_line_executes_no_value(tmp_path):
     support.need(*MUST)
     jobs, tried = taken_by_chance(8_000 // ONE_IN, seed=93)
     arrived = in_parts(stay_values, jobs, tmp_path)
@@ -615,12 +615,12 @@ NOT_WARNED = [
 
 
 @pytest.mark.parametrize("command", WARNED)
-def test_who_reads_a_value_as_code_is_named(command):
+def test_program_that_evaluates_a_value_gets_a_warning(command):
     assert is_warned_of(command)
 
 
 @pytest.mark.parametrize("command", NOT_WARNED)
-def test_who_does_not_is_not(command):
+def test_program_that_does_not_evaluate_a_value_gets_no_warning(command):
     assert not is_warned_of(command)
 
 
@@ -649,7 +649,7 @@ REALLY = [      # with a value that has them run something
 ]
 
 
-def test_the_warning_is_true(room):
+def test_programs_with_a_warning_do_execute_the_value(room):
     """Of the programs that are here, those ran the value."""
     ran = []
     for command, value in REALLY:
@@ -692,7 +692,7 @@ TEXTS = {**{value: good for value, good in STRINGS.items() if value
     ("int", INTS), ("bool", BOOLS), ("date", DATES),
     ("choice(a|b c)", CHOICES), ("string", STRINGS), ("secret", STRINGS),
     ("text", TEXTS)])
-def test_a_type_takes_what_it_is_for(kind, values):
+def test_type_accepts_valid_and_refuses_invalid_values(kind, values):
     job = job_of(f"show {{{{v, {kind}}}}}")
     for value, good in values.items():
         assert (job.params[0].value_error(value) == "") == bool(good), value
@@ -707,14 +707,14 @@ def test_a_type_takes_what_it_is_for(kind, values):
     {}, {"a": "1"}, {"a": "1", "b": "2", "c": "3"}, {"A": "1", "b": "2"},
     {"a": 1, "b": "2"}, {"a": None, "b": "2"}, {"a": ["1"], "b": "2"},
     {"a": True, "b": "2"}, {"a ": "1", "b": "2"}, {"": "1", "b": "2"}])
-def test_names_and_kinds_must_be_those_of_the_job(given):
+def test_unknown_name_or_wrong_type_of_a_value_is_refused(given):
     with pytest.raises(koitab.Error):
         koitab.validate_arguments(job_of("show {{a}} {{b}}"), given)
 
 
 @pytest.mark.parametrize("kind, most", [
     ("string", 4096), ("secret", 4096), ("text", 65_536)])
-def test_a_value_has_a_longest_length_in_bytes(kind, most):
+def test_length_of_a_value_is_limited_in_bytes(kind, most):
     """The kernel takes 131,072 bytes for a variable."""
     job = job_of(f"show {{{{v, {kind}}}}}")
     for letter in ("x", "\u00e9", "\U0001f600"):
@@ -726,7 +726,7 @@ def test_a_value_has_a_longest_length_in_bytes(kind, most):
         koitab.validate_arguments(job, {"v": "x" * 1_000_000})
 
 
-def test_a_default_is_no_longer_than_a_value():
+def test_length_of_a_default_is_limited_like_a_value():
     for letter in ("x", "\u00e9", "\U0001f600"):
         value = letter * (4096 // len(letter.encode()))
         job = job_of(f"show {{{{v, string, {value}}}}}")
@@ -739,7 +739,7 @@ def eight(value: str) -> dict:
     return {f"p{n}": value for n in range(8)}
 
 
-def test_values_have_a_longest_length_together_in_bytes():
+def test_total_length_of_all_values_is_limited_in_bytes():
     job = job_of("show " + " ".join(f"{{{{p{n}, text}}}}" for n in range(8)))
     for letter in ("x", "\u00e9", "\U0001f600"):
         value = letter * (262_144 // 8 // len(letter.encode()))
@@ -749,7 +749,7 @@ def test_values_have_a_longest_length_together_in_bytes():
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_longest_values_do_start(shell, room):
+def test_job_with_the_longest_values_starts(shell, room):
     """As many and as long as may be: no E2BIG."""
     job = job_of("show " + " ".join(f"{{{{p{n}, text}}}}" for n in range(4)))
     values = koitab.validate_arguments(job, {
@@ -759,7 +759,7 @@ def test_the_longest_values_do_start(shell, room):
     assert seen == [value.encode() for value in values.values()]
 
 
-def test_a_default_is_written_as_it_is_meant():
+def test_escaped_percent_in_a_default_is_a_percent():
     job = job_of(r"show {{a, string, 50\%}} \%")
     assert (job.params[0].default, job.script) == (
         "50%", 'show "${KOI_ARG_1}" %')
@@ -790,7 +790,7 @@ def koid(tmp_path):
         daemon.wait(30)
 
 
-def test_koid_hands_values_over_as_they_are(koid, room):
+def test_koid_passes_values_unchanged_to_the_job(koid, room):
     """From the command line to the job, by way of the daemon. A variable of
     the tab does not fill in an argument."""
     tab = "KOI_ARG_1=wrong\n" + "".join(
@@ -813,7 +813,7 @@ def test_koid_hands_values_over_as_they_are(koid, room):
 @pytest.mark.parametrize("words", [
     [], ["v="], ["v=a\rb"], ["v=\x1b"], ["v=" + "x" * 65_537], ["w=1"],
     ["v=1", "w=2"], [b"v=\xff"]])
-def test_koid_starts_nothing_with_other_values(koid, room, words):
+def test_koid_starts_no_job_with_invalid_values(koid, room, words):
     tab = f'"A" @manual {room.bin}/show {{{{v, text}}}}\n'
     assert koid("-", input=tab.encode()).returncode == 0
     done = koid("run", "A", *words)
@@ -823,7 +823,7 @@ def test_koid_starts_nothing_with_other_values(koid, room, words):
 
 
 @pytest.mark.parametrize("shell", ["fish", "csh", "python3"])
-def test_arguments_need_a_shell_that_reads_them(shell):
+def test_arguments_are_refused_for_an_unsupported_shell(shell):
     found = koitab.parse_tab(f"SHELL=/usr/bin/{shell}\n@manual show {{{{v}}}}"
                              "\n")
     assert found.jobs == []

@@ -177,7 +177,8 @@ def test_a_program_that_is_called_crontab_is_crontab(koi):
 
 
 @pytest.mark.parametrize("after", ["", "@daily y\n", None])
-def test_tab_that_loses_a_job_is_kept_and_its_place_is_printed(koi, after):
+def test_replaced_tab_that_loses_a_job_is_kept_and_its_path_is_printed(
+        koi, after):
     before = '"a" @daily x\n' + DAILY
     koi.run("-", stdin=before)
     argv = ["-r"] if after is None else ["-"]
@@ -198,7 +199,7 @@ def test_tab_that_others_may_write_can_be_replaced(koi, argv):
     assert koi.run(*argv, stdin="@daily y\n").code == 0
 
 
-def test_tab_that_keeps_its_jobs_is_replaced_without_a_word(koi):
+def test_tab_that_keeps_its_jobs_is_replaced_without_a_message(koi):
     koi.run("-", stdin=DAILY)
     done = koi.run("-", stdin="A=1\n@hourly y\n" + DAILY)
     assert "previous" not in done.err
@@ -221,7 +222,7 @@ def test_tab_is_removed_although_no_copy_can_be_kept(koi):
     assert "warning: the previous tab could not be kept: " in done.err
 
 
-def test_l_on_a_terminal_hides_nothing(koi):
+def test_option_l_on_a_terminal_escapes_control_characters(koi):
     koi.run("-", stdin="@daily evil #\r@daily good\x1b[2K\n")
     with koi.terminal("-l") as terminal:
         assert terminal.end().out == (
@@ -230,7 +231,8 @@ def test_l_on_a_terminal_hides_nothing(koi):
 
 @pytest.mark.parametrize("keys, removed", [
     ("y\n", True), ("n\n", False), ("\x04", False), ("x\ny\n", True)])
-def test_r_i_on_a_terminal(koi, keys, removed):
+def test_options_r_and_i_on_a_terminal_ask_for_confirmation(
+        koi, keys, removed):
     koi.run("-", stdin=DAILY)
     with koi.terminal("-r", "-i") as terminal:
         terminal.expect("crontab? (y/n) ")
@@ -239,7 +241,7 @@ def test_r_i_on_a_terminal(koi, keys, removed):
     assert (koi.tab() == "") is removed
 
 
-def test_a_bare_call_on_a_terminal_says_how(koi):
+def test_call_without_arguments_on_a_terminal_is_wrong_usage(koi):
     with koi.terminal() as terminal:
         done = terminal.end()
     assert done.code == 1
@@ -262,7 +264,7 @@ def test_an_edit_is_installed_and_its_draft_is_removed(koi):
     assert list((koi.folder / "tmp").iterdir()) == []
 
 
-def test_without_a_tab_there_is_a_template(koi):
+def test_editing_without_a_tab_starts_from_a_template(koi):
     koi.editor('cat "$1"; echo "@hourly y" >> "$1"')
     done = koi.run("-e")
     assert done.code == 0
@@ -273,7 +275,7 @@ def test_without_a_tab_there_is_a_template(koi):
 
 @pytest.mark.parametrize("script", [
     "true", 'touch -d 2030-01-01 "$1"', 'cp "$1" x; mv x "$1"'])
-def test_an_edit_is_judged_by_what_it_changed(koi, script):
+def test_edit_without_a_change_installs_nothing(koi, script):
     for text in (None, DAILY):
         if text:
             koi.run("-", stdin=text)
@@ -285,7 +287,7 @@ def test_an_edit_is_judged_by_what_it_changed(koi, script):
     assert list((koi.folder / "tmp").iterdir()) == []
 
 
-def test_a_faulty_edit_may_be_mended(koi):
+def test_invalid_edit_can_be_corrected(koi):
     koi.editor('if grep -q 61 "$1"; then sed -i s/61/1/ "$1"; '
                'else echo "61 * * * * x" > "$1"; fi')
     with koi.terminal("-e") as terminal:
@@ -300,7 +302,7 @@ def test_a_faulty_edit_may_be_mended(koi):
 
 
 @pytest.mark.parametrize("keys", ["n\n", "\x04", "\x03"])
-def test_a_faulty_edit_that_is_left_is_kept_and_told(koi, keys):
+def test_abandoned_invalid_edit_is_kept_and_its_path_is_printed(koi, keys):
     koi.run("-", stdin=DAILY)
     koi.editor('echo "61 * * * * x" > "$1"')
     with koi.terminal("-e") as terminal:
@@ -335,7 +337,7 @@ def test_an_editor_that_fails_installs_nothing(koi, script, said):
 
 
 @pytest.mark.parametrize("key, number", [("\x03", 2), ("\x1c", 3)])
-def test_the_keys_are_the_editors(koi, key, number):
+def test_interrupt_keys_reach_the_editor_and_koitab_survives(koi, key, number):
     """It begins with what is usual, and koitab outlives them."""
     koi.editor('ulimit -c 0; echo ready; read line')
     with koi.terminal("-e") as terminal:
@@ -374,7 +376,7 @@ def test_no_shell_reads_the_editor(koi):
     ('rm "$1"; mkfifo "$1"', "not a regular file"),
     ('rm "$1"', "it was removed"),
     ('head -c 1048577 /dev/zero > "$1"', "larger than")])
-def test_what_stands_in_for_the_draft_is_refused(koi, script, said):
+def test_replaced_draft_is_refused(koi, script, said):
     koi.run("-", stdin=DAILY)
     koi.editor(script)
     done = koi.run("-e")
@@ -383,7 +385,7 @@ def test_what_stands_in_for_the_draft_is_refused(koi, script, said):
     assert koi.tab() == DAILY
 
 
-def test_two_who_edit_at_once_do_not_undo_each_other(koi):
+def test_concurrent_edits_do_not_overwrite_each_other(koi):
     koi.run("-", stdin=DAILY)
     other = shlex.join(koi.command("-"))
     koi.editor(f'echo "@hourly mine" >> "$1"; echo "@hourly its" | {other}')
@@ -436,7 +438,7 @@ def test_a_run_has_the_output_and_the_status_of_its_job(live):
     assert "failed    Out: exit 3" in status.out
 
 
-def test_a_form_is_filled_in_on_the_terminal(live):
+def test_arguments_are_prompted_for_on_the_terminal(live):
     with live.terminal("run", "Say") as terminal:
         terminal.expect("To: ")
         terminal.type("$(id) 'x'\n")
@@ -445,7 +447,7 @@ def test_a_form_is_filled_in_on_the_terminal(live):
     assert done.out.endswith("$(id) 'x'\n1\n")
 
 
-def test_a_secret_is_not_shown_nor_in_a_list_of_processes(live):
+def test_secret_is_neither_echoed_nor_in_the_list_of_processes(live):
     with live.terminal("run", "Pin") as terminal:
         terminal.expect("Code (secret): ")
         terminal.type("s3cr3t\n")
@@ -457,13 +459,13 @@ def test_a_secret_is_not_shown_nor_in_a_list_of_processes(live):
     assert "s3cr3t" not in live.run("history", "--json").out
 
 
-def test_without_a_terminal_what_is_missing_is_named(live):
+def test_missing_values_are_named_without_a_terminal(live):
     done = live.run("run", "Say")
     assert (done.code, done.out) == (2, "")
     assert 'no value for "To"' in done.err
 
 
-def test_ctrl_c_goes_to_the_job_first_then_a_term(live):
+def test_ctrl_c_sends_sigint_first_and_then_sigterm_to_the_job(live):
     with live.terminal("run", "Wait") as terminal:
         terminal.expect("on\n")
         terminal.type("\x03")
@@ -495,7 +497,7 @@ def test_the_third_ctrl_c_leaves_the_job_running(live):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_other_signals_are_passed_on_too(live, number):
+def test_other_signals_are_passed_on_to_the_job(live, number):
     process = live.start("run", "Wait")
     assert process.stdout.readline() == b"on\n"
     process.send_signal(number)
@@ -503,7 +505,7 @@ def test_other_signals_are_passed_on_too(live, number):
     assert done.code == (5 if number == signal.SIGTERM else 129)
 
 
-def test_koitab_under_nohup_hears_no_hangup(live):
+def test_koitab_under_nohup_ignores_sighup(live):
     process = subprocess.Popen(
         ["nohup", *live.command("run", "Wait")], env=live.env,
         cwd=live.folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -516,7 +518,7 @@ def test_koitab_under_nohup_hears_no_hangup(live):
     assert support.ended(process).code == 5
 
 
-def test_a_reader_that_goes_away_does_not_end_the_job(live):
+def test_closed_pipe_does_not_end_the_job(live):
     process = live.start("run", "Flood")
     process.stdout.readline()
     process.stdout.close()
@@ -526,7 +528,7 @@ def test_a_reader_that_goes_away_does_not_end_the_job(live):
     support.wait_until((live.folder / "flooded").exists, 20, "the job")
 
 
-def test_kill_ends_a_run_for_who_watches_it_too(live):
+def test_kill_ends_the_command_that_follows_the_run(live):
     process = live.start("run", "Wait")
     assert process.stdout.readline() == b"on\n"
     run, = json.loads(live.run("status", "--json").out)["running"]
@@ -537,7 +539,7 @@ def test_kill_ends_a_run_for_who_watches_it_too(live):
     assert support.ended(process).code == 5
 
 
-def test_a_name_is_no_run_without_koid(koi):
+def test_commands_for_runs_fail_while_koid_is_not_running(koi):
     koi.run("-", stdin=JOBS)
     for argv in (["run", "Out"], ["kill", "1"], ["status"]):
         done = koi.run(*argv)
@@ -562,7 +564,7 @@ def test_u_of_an_ordinary_user_is_refused(host):
 
 
 @support.root_only
-def test_what_debians_cron_runs_is_imported_and_installed(host, tmp_path):
+def test_crontabs_of_debians_cron_are_imported_and_installed(host, tmp_path):
     """By the real crontab, for root and for alice."""
     support.need("crontab")
     spool = tmp_path / "spool"
@@ -597,7 +599,7 @@ def test_what_debians_cron_runs_is_imported_and_installed(host, tmp_path):
 
 
 @support.root_only
-def test_import_of_an_ordinary_user(host, tmp_path):
+def test_import_by_an_ordinary_user_has_only_their_crontab(host, tmp_path):
     support.need("crontab")
     program = tmp_path / "bin"
     program.mkdir(mode=0o755)

@@ -105,7 +105,8 @@ WRONG = [   # what is typed, a part of what is said, the status
 
 
 @pytest.mark.parametrize("typed, words, status", WRONG)
-def test_what_cannot_be_is_told_with_the_mend(strict, typed, words, status):
+def test_impossible_action_is_refused_with_a_hint(
+        strict, typed, words, status):
     done = strict.koitab(*typed)
     assert (words in done.err, done.code, done.out) == (True, status, ""), done
     assert all(line.startswith(("koitab: error: ", "koitab: hint: "))
@@ -113,7 +114,7 @@ def test_what_cannot_be_is_told_with_the_mend(strict, typed, words, status):
     assert not (strict.home / "keys").exists()
 
 
-def test_a_host_that_left_joins_by_the_passphrase_alone(tmp_path, loose):
+def test_host_that_left_joins_again_with_the_passphrase(tmp_path, loose):
     with DashboardProcess(tmp_path / "own") as server:
         done = loose.koitab("-d", "new", server.url,
                             stdin=server.founding_token())
@@ -134,7 +135,7 @@ def test_a_host_that_left_joins_by_the_passphrase_alone(tmp_path, loose):
             assert done.code == code, done
 
 
-def test_an_address_as_the_browser_shows_it_will_do(tmp_path, loose):
+def test_url_copied_from_the_browser_is_accepted(tmp_path, loose):
     with DashboardProcess(tmp_path / "own") as server:
         other = DashboardHost(tmp_path / "other", "other")
         operator = other.create_dashboard(server)
@@ -156,7 +157,8 @@ def test_new_finds_the_founding_token_of_this_machine(tmp_path, loose):
         assert not Path(f"{server.db}.founding").exists()
 
 
-def test_new_asks_for_a_founding_token_that_it_does_not_find(tmp_path, loose):
+def test_new_prompts_for_a_founding_token_that_it_does_not_find(
+        tmp_path, loose):
     with DashboardProcess(tmp_path / "own") as server:
         done = loose.koitab("-d", "new", server.url)
         assert done.code == 2 and "no founding token was given" in done.err
@@ -170,7 +172,7 @@ def test_new_asks_for_a_founding_token_that_it_does_not_find(tmp_path, loose):
 @support.root_only
 @pytest.mark.parametrize("owner, mode, found", [
     (ALICE_UID, 0o600, True), (0, 0o600, False), (ALICE_UID, 0o640, False)])
-def test_a_founding_token_counts_only_if_the_listening_user_has_it_alone(
+def test_founding_token_is_used_only_if_the_listening_user_owns_it(
         tmp_path, owner, mode, found):
     file, token = tmp_path / "token", "ab" * 32
     file.write_text(token)
@@ -185,14 +187,14 @@ def test_a_founding_token_counts_only_if_the_listening_user_has_it_alone(
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"),
                     reason="only Linux says who listens at a port")
-def test_the_users_who_listen_at_a_port_are_known():
+def test_users_that_listen_on_a_port_are_found():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         assert koitab.listening_users(port) == {os.geteuid()}
     assert koitab.listening_users(port) == set()
 
 
-def test_keys_that_nobody_can_read_can_be_removed(loose):
+def test_invalid_key_file_can_be_removed(loose):
     keys = loose.home / "keys"
     keys.write_text("{")
     keys.chmod(0o600)
@@ -203,7 +205,7 @@ def test_keys_that_nobody_can_read_can_be_removed(loose):
     assert "removed" in done.err and not keys.exists()
 
 
-def test_show_tells_how_the_link_is(server, web1_host, ready):
+def test_show_prints_the_state_of_the_connection(server, web1_host, ready):
     done = web1_host.koitab("-d", "show")
     assert done.code == 0, done
     assert f"{server.url}/#{ready.dash}" in done.out
@@ -211,8 +213,8 @@ def test_show_tells_how_the_link_is(server, web1_host, ready):
     assert re.search(r"^host +web1 \([0-9a-f]{32}\)$", done.out, re.M)
 
 
-def test_show_does_not_call_up_what_koid_does_not_use(server, loose,
-                                                      web1_host):
+def test_show_does_not_request_a_dashboard_that_koid_does_not_use(
+        server, loose, web1_host):
     loose.start()
     try:
         (loose.home / "keys").write_bytes((web1_host.home /
@@ -224,7 +226,7 @@ def test_show_does_not_call_up_what_koid_does_not_use(server, loose,
         loose.stop(9)
 
 
-def test_https_is_trusted_by_the_certificate_that_is_given(tmp_path):
+def test_https_is_trusted_with_the_given_certificate(tmp_path):
     made = servers.certificate(tmp_path)
     with DashboardProcess(
             tmp_path, "--cert", str(made.cert), "--key", str(made.key),
@@ -249,8 +251,8 @@ def test_https_is_trusted_by_the_certificate_that_is_given(tmp_path):
 # --- access tokens
 
 
-def test_access_tokens_are_made_listed_and_revoked(server, web1_host,
-                                                   operator):
+def test_access_tokens_are_created_listed_and_revoked(
+        server, web1_host, operator):
     def token(*words: str) -> support.Result:
         return web1_host.koitab("-d", "token", *words,
                                 stdin=operator.password + "\n")
@@ -282,13 +284,13 @@ def test_access_tokens_are_made_listed_and_revoked(server, web1_host,
     ("new",), ("new", "x"), ("new", "x", "--role", "root"), ("revoke",),
     ("list", "x"), ("list", "--role", "viewer"), ("frob",),
     ("revoke", "x", "--role", "viewer")])
-def test_odd_arguments_of_token_are_refused_before_the_passphrase(
+def test_invalid_arguments_of_token_are_refused_before_the_passphrase(
         web1_host, words):
     done = web1_host.koitab("-d", "token", *words)
     assert done.code == 2 and "passphrase" not in done.err, done
 
 
-def test_a_role_is_for_tokens_alone(web1_host):
+def test_option_role_is_wrong_usage_for_other_actions(web1_host):
     done = web1_host.koitab("-d", "show", "--role", "viewer")
     assert done.code == 2 and "not an option of koitab -d show" in done.err
 
@@ -354,7 +356,8 @@ def test_hosts_that_have_not_joined_again_after_rotate_are_listed(tmp_path):
 
 
 @support.root_only
-def test_beside_roots_koid_a_user_is_told_what_to_type(tmp_path):
+def test_command_of_an_ordinary_user_for_the_koid_of_root_hints_at_sudo(
+        tmp_path):
     patch = f"k.ROOT_SOCKET = {str(tmp_path / 'sock')!r}"
     (tmp_path / "sock").touch()
     for folder in (tmp_path, *tmp_path.parents):
@@ -375,7 +378,7 @@ def test_beside_roots_koid_a_user_is_told_what_to_type(tmp_path):
 # --- run --on
 
 
-def test_a_run_there_is_as_a_run_here(web1_host, ready):
+def test_run_on_another_host_behaves_like_a_local_run(web1_host, ready):
     done = there(web1_host, ready, "Say", "To=o'brien")
     assert (done.code, done.out) == (3, "to o'brien o'brien\n"), done
     # What ARG=- reads comes after the passphrase.
@@ -402,12 +405,13 @@ WRONG_RUNS = [
 
 
 @pytest.mark.parametrize("typed, words, status", WRONG_RUNS)
-def test_what_cannot_run_there_is_told(web1_host, ready, typed, words, status):
+def test_job_that_cannot_run_on_the_other_host_is_refused(
+        web1_host, ready, typed, words, status):
     done = web1_host.koitab("run", "--on", *typed, stdin=ready.password + "\n")
     assert (words in done.err, done.code, done.out) == (True, status, ""), done
 
 
-def test_a_wrong_passphrase_runs_nothing(web1_host, ready):
+def test_wrong_passphrase_starts_no_run(web1_host, ready):
     done = web1_host.koitab("run", "--on", "web1", "Twice", stdin="not it\n")
     assert done.code == 1 and not done.out, done
 
@@ -458,7 +462,8 @@ def numbers(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("job", ["Big", "Slow"])
-def test_of_two_megabytes_head_and_tail_come_once_each(web1_host, ready, job):
+def test_head_and_tail_of_a_large_output_are_printed_once_each(
+        web1_host, ready, job):
     """The rest is left out, and that is told; whatever was seen live."""
     done = there(web1_host, ready, job)
     assert done.code == 0, done.err[-500:]
@@ -471,7 +476,7 @@ def test_of_two_megabytes_head_and_tail_come_once_each(web1_host, ready, job):
         assert numbers(done.err) == list(range(1, 21))
 
 
-def test_of_a_run_that_is_killed_the_signal_is_the_status(web1_host, ready):
+def test_exit_status_of_a_killed_run_is_its_signal(web1_host, ready):
     asked = subprocess.Popen(
         web1_host.command("run", "--on", "web1", "Long"), env=web1_host.env,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -484,7 +489,7 @@ def test_of_a_run_that_is_killed_the_signal_is_the_status(web1_host, ready):
     assert b"killed by" in asked.stderr.read()
 
 
-def test_a_host_that_came_back_is_called_as_before(server, ready, tmp_path):
+def test_host_that_joined_again_is_found_by_its_name(server, ready, tmp_path):
     """What it was before it left is no second host of the same name."""
     web3 = server.add_host("web3", '"Twice" @manual echo twice\n')
     web3.join(ready)
@@ -499,7 +504,7 @@ def test_a_host_that_came_back_is_called_as_before(server, ready, tmp_path):
     assert (done.code, done.out) == (0, "twice\n"), done
 
 
-def test_nothing_surprised_the_dashboard(server):
+def test_dashboard_has_logged_no_bug(server):
     server.assert_no_bugs()
 
 
@@ -535,7 +540,7 @@ def section_of_lines() -> list[koitab.Section]:
     return [None] * (lines - len(found)) + found
 
 
-def test_koid_runs_nothing_but_what_source_daemon_prints(tmp_path):
+def test_koid_executes_only_lines_that_source_daemon_prints(tmp_path):
     """Jobs by a schedule and by hand, commands, and a dashboard."""
     calls = tmp_path / "calls"
     with DashboardProcess(tmp_path / "dashboard") as server:

@@ -43,7 +43,7 @@ def test_log_follows_a_run_until_it_ends(serving, status):
     assert again.communicate(timeout=60)[0] == b"one\ntwo"
 
 
-def test_log_follows_a_run_that_still_waits(serving):
+def test_log_follows_a_queued_run(serving):
     first, second = serving.launch("queue"), serving.launch("queue")
     serving.running(first)
     with serving.follow_log("-f", str(second)) as log:
