@@ -11396,6 +11396,19 @@ class Principal(FrozenRecord):
     name: str = ""
 
 
+def hashed_uuid(uuid: str) -> str:
+    """Return what stands for a check's UUID where people read, as
+    Healthchecks' unique_key: 40 hex digits that cannot ping."""
+    import hashlib
+    return hashlib.sha1(uuid.encode()).hexdigest()
+
+
+def readable_subject(subject: str) -> str:
+    """Return an alert's subject without a UUID that can ping."""
+    kind, _, key = subject.partition(":")
+    return f"check:{hashed_uuid(key)}" if kind == "check" else subject
+
+
 class AuditLog:
     """Who requested what: the table `audit`."""
 
@@ -11430,6 +11443,8 @@ create index audit_by_nonce on audit (nonce) where nonce <> '';
             else before)
         for row in rows:
             row["args"] = json.loads(row["args"])
+            # Of a snoozed check it was the UUID, which no viewer may learn.
+            row["label"] = readable_subject(row["label"])
         return {"rows": rows[:100], "more": len(rows) > 100}
 
 
@@ -12252,19 +12267,6 @@ def is_uuid(text: str) -> bool:
     return len(text) == 36 and text[8:24:5] == "----" and text.isascii() \
         and text.count("-") == 4 and HEX.issuperset(
             text.replace("-", "").lower())
-
-
-def hashed_uuid(uuid: str) -> str:
-    """Return what stands for a check's UUID where people read, as
-    Healthchecks' unique_key: 40 hex digits that cannot ping."""
-    import hashlib
-    return hashlib.sha1(uuid.encode()).hexdigest()
-
-
-def readable_subject(subject: str) -> str:
-    """Return an alert's subject without a UUID that can ping."""
-    kind, _, key = subject.partition(":")
-    return f"check:{hashed_uuid(key)}" if kind == "check" else subject
 
 
 def describe_period(period: float) -> str:

@@ -679,6 +679,16 @@ def test_check_is_snoozed_by_the_hash_of_its_uuid(dashboard):
     assert dashboard.take_notifications() == []
 
 
+def test_snoozed_check_is_in_the_audit_without_its_uuid(dashboard):
+    check = dashboard.do(dashboard.dashboard.checks.create, {"name": "Sync"},
+                         NOW)["id"]
+    snooze_until(dashboard, NOW + HOUR, f"check:{check}")
+    row = dashboard.ask(dashboard.dashboard.rules.audit.page)["rows"][0]
+    assert (row["what"], row["label"]) == (
+        "snooze", "check:" + koitab.hashed_uuid(check))
+    assert check not in json.dumps(row)
+
+
 @pytest.mark.parametrize("subject", [
     "job:99", "job:x", "job:", "host:" + "d" * 32, "check:1", "", "job:²",
     "moon:1", "job:" + "9" * 40])
