@@ -13643,9 +13643,7 @@ class AlertRules:
     def load(self, db: Database, now: float) -> None:
         """Set the timers of hosts, jobs and runs. Hosts get some time to
         send what happened before this start."""
-        import json
-        self.settings.update(json.loads(db.value(
-            "select value from meta where name = 'settings'") or "{}"))
+        self.settings.update(self.stored_settings(db))
         self.settled = now + HOST_DOWN_AFTER
         self.timers.schedule("certificate", "", self.settled)
         for host, status in self.hosts.statuses.items():
@@ -13658,11 +13656,20 @@ class AlertRules:
         for run in db.column("select id from runs where state = 'running'"):
             self.timers.schedule("slow", run, now + SETTLED_AFTER)
 
+    def stored_settings(self, db: Database) -> dict:
+        """Return the settings in the database; those in memory lack what an
+        operation of the same transaction has changed."""
+        import json
+        found = json.loads(db.value(
+            "select value from meta where name = 'settings'") or "{}")
+        return {name: found.get(name, default)
+                for name, (default, _, _) in ALERT_SETTINGS.items()}
+
     def change_settings(self, db: Database, fields, now: float) -> dict:
         """Change settings of the rules; return all. Raises Error."""
-        request = RequestFields(fields)
+        request, stored = RequestFields(fields), self.stored_settings(db)
         request.allow_only(ALERT_SETTINGS)
-        settings = {name: request.whole(name, self.settings[name], least, most)
+        settings = {name: request.whole(name, stored[name], least, most)
                     for name, (_, least, most) in ALERT_SETTINGS.items()}
         db.insert("meta", "insert or replace", name="settings",
                   value=compact_json(settings))

@@ -474,6 +474,15 @@ def test_host_that_is_down_by_a_new_setting_alerts_at_once(dashboard, web1):
     assert kinds(dashboard) == ["silent"]
 
 
+def test_settings_of_two_requests_at_once_are_both_kept(dashboard):
+    rules = dashboard.dashboard.rules
+    for fields in ({"failures": 3}, {"host_down": 300}):
+        dashboard.dashboard.write(rules.change_settings, fields, NOW)
+    dashboard.dashboard.run_once()
+    assert rules.settings == {"failures": 3, "host_down": 300}
+    assert dashboard.reopen().dashboard.rules.settings == rules.settings
+
+
 @pytest.mark.parametrize("fields", [
     {"failures": 0}, {"failures": 101}, {"failures": True}, {"failures": 1.5},
     {"host_down": 59}, {"host_down": 86_401}, {"fail": 1}])
