@@ -13584,6 +13584,7 @@ create table unindexed (run integer primary key);
 
 HOST_DOWN_AFTER = 90.0          # seconds without a sync: three long polls
 CERTIFICATE_SOON = 14 * DAY_SECONDS     # before it expires: alert
+CERTIFICATE = "dashboard:certificate", "certificate"    # subject and kind
 ALERT_SETTINGS = {              # name -> default, least, most
     "failures": (1, 1, 100),    # in a row, until a job alerts
     "host_down": (int(HOST_DOWN_AFTER), 60, 86_400)}    # seconds
@@ -13694,7 +13695,7 @@ class AlertRules:
             host = key
         elif kind == "check":
             subject = f"check:{self.checks.find(db, key)['uuid']}"
-        elif subject == "dashboard:certificate":
+        elif subject == CERTIFICATE[0]:
             pass
         elif kind == "job" and key.isascii() and key.isdigit():
             job = self.hosts.job(db, int(key[:18]))["id"]
@@ -13757,25 +13758,48 @@ class AlertRules:
         for all hosts: they have one cause."""
         if now < self.settled:
             return self.timers.schedule("certificate", "", self.settled)
-        found = [(status.certificate, self.hosts.name_of(db, status))
-                 for status in self.hosts.statuses.values()
+        found = {host: status.certificate
+                 for host, status in self.hosts.statuses.items()
                  if status.certificate and status.seen
-                 and now - status.seen < HOST_DOWN_AFTER]
+                 and now - status.seen < HOST_DOWN_AFTER}
         if self.certificate:
-            found.append((self.certificate, ""))
-        expires, host = min(found, default=(FOREVER, ""))
-        soon = expires - CERTIFICATE_SOON
+            found[""] = self.certificate
+        soon = min(found.values(), default=FOREVER) - CERTIFICATE_SOON
         self.timers.schedule("certificate", "",
                              soon if soon > now else now + 3600)
-        subject, kind = "dashboard:certificate", "certificate"
-        if soon > now:
-            return self.alerts.clear_alert(
-                db, subject, kind, "the dashboard's certificate was renewed")
-        whose = f" that {host} gets" if host else ""
+        old, title = self.expiring(db, found, now + CERTIFICATE_SOON)
+        db.insert("meta", "insert or replace", name="certificates",
+                  value=compact_json(old))
+        if not old:
+            return title and self.alerts.clear_alert(db, *CERTIFICATE, title)
+        host, expires = min(old.items(), key=lambda each: each[::-1])
+        name = db.value("select name from hosts where host = ?", host)
         self.alerts.raise_alert(db, Alert(
-            subject, kind, now, "the dashboard's certificate expires soon",
-            f"the dashboard's certificate{whose} expires at "
-            f"{format_rfc3339(expires)}; then hosts and browsers are cut off"))
+            *CERTIFICATE, now, "the dashboard's certificate expires soon",
+            f"the dashboard's certificate{f' that {name} gets' * bool(name)} "
+            f"expires at {format_rfc3339(expires)}; then hosts and browsers "
+            "are cut off"))
+
+    def expiring(self, db: Database, found: dict, by: float
+                 ) -> tuple[dict, str]:
+        """Return host -> expiry for the certificates that expire by a time,
+        and what to say if there are none. `found` has what was reported
+        lately; "" is the dashboard itself.
+
+        An expired certificate keeps its hosts away, so it counts until one
+        of them gets another one, or has left. Where nothing is known, there
+        is nothing to say either.
+        """
+        import json
+        old = json.loads(db.value("select value from meta where name = "
+                                  "'certificates'") or "{}")
+        renewed = {old.get(host) for host, at in found.items() if at > by}
+        kept = {host: at for host, at in old.items() if at not in renewed}
+        used = {host: at for host, at in kept.items() if db.value(
+            "select 1 from hosts where host = ? and token is not null", host)}
+        used.update((host, at) for host, at in found.items() if at <= by)
+        end = "is not used any more" if kept else "was renewed" * bool(found)
+        return used, end and f"the dashboard's certificate {end}"
 
     # --- a job that should start
 
@@ -16402,7 +16426,7 @@ class HttpConnection:
         self.server, self.sock = server, sock
         self.peer, self.network = peer, network
         self.proxied = peer in server.proxies
-        self.reader = self.writer = self.task = None
+        self.reader = self.writer = self.task = self.tls_context = None
         self.buffer = bytearray()   # received, and not parsed yet
         self.unread = 0             # bytes of the present body
         self.idle = True            # no request is being read or answered
@@ -16426,8 +16450,8 @@ class HttpConnection:
     async def open(self) -> None:
         """Shake hands, if it is TLS. Raises OSError, TimeoutError."""
         import asyncio
-        loop, context = asyncio.get_running_loop(), self.server.tls_context
-        options = {}
+        loop, options = asyncio.get_running_loop(), {}
+        context = self.tls_context = self.server.tls_context
         if context:
             # A handshake costs 60 kB and a millisecond: not for the silent.
             await self.first_byte()
@@ -16518,7 +16542,10 @@ class HttpConnection:
         else:
             self.unread = request.length or request.chunked
             response = await self.server.api.respond(request, self)
+        # Hosts report the certificate that their connection has: not for
+        # ever the one before.
         last = bool(self.unread or self.server.stopping or response.stream
+                    or self.tls_context is not self.server.tls_context
                     or not request.keeps_alive)
         await self.send_response(response, last,
                                  request and request.method == "HEAD")

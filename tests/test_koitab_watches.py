@@ -540,14 +540,51 @@ def test_expiring_certificate_seen_by_several_hosts_has_one_alert(
         "the dashboard's certificate was renewed"]
 
 
-def test_host_that_goes_down_ends_its_certificate_alert(dashboard, web1):
+def test_expired_certificate_alerts_until_its_host_gets_another(dashboard,
+                                                               web1):
+    """Its host cannot come any more, and other hosts say nothing of it."""
     alive(dashboard, web1, 100)
     web2 = dashboard.join("d4" * 16, "web2")
-    dashboard.sync(web2, certificate_expires=NOW + DAY)
+    dashboard.sync(web2, certificate_expires=NOW + HOUR)
     dashboard.pass_time(1)
     assert "web2 gets" in dashboard.state["alerts"][0]["text"]
+    own_certificate(dashboard, NOW + 90 * DAY)
     alive(dashboard, web1, HOUR + 100)
+    assert kinds(dashboard) == ["certificate", "silent"]
+    dashboard = dashboard.reopen()
+    alive(dashboard, web1, HOUR + 100)
+    assert kinds(dashboard) == ["certificate", "silent"]
+    dashboard.sync(web2, certificate_expires=NOW + 90 * DAY)
+    dashboard.pass_time(1)
+    assert kinds(dashboard) == []
+    assert "the dashboard's certificate was renewed" in \
+        dashboard.take_notifications()
+
+
+def test_renewed_certificate_ends_the_alert_though_one_host_is_off(dashboard,
+                                                                  web1):
+    web2 = dashboard.join("d4" * 16, "web2")
+    alive(dashboard, web1, 100)
+    for host in (web1, web2):
+        dashboard.sync(host, certificate_expires=NOW + DAY)
+    dashboard.pass_time(1)
+    assert kinds(dashboard) == ["certificate"]
+    alive(dashboard, web1, 200)
+    dashboard.sync(web1, certificate_expires=NOW + 90 * DAY)
+    dashboard.pass_time(1)
     assert kinds(dashboard) == ["silent"]
+
+
+def test_alert_of_a_certificate_ends_when_its_host_is_removed(dashboard,
+                                                             web1):
+    alive(dashboard, web1, 100)
+    dashboard.sync(web1, certificate_expires=NOW + DAY)
+    dashboard.pass_time(1)
+    dashboard.do(dashboard.dashboard.hosts.leave, HOST, dashboard.now)
+    dashboard.pass_time(HOUR + 1)
+    assert kinds(dashboard) == []
+    assert dashboard.take_notifications()[-1] == \
+        "the dashboard's certificate is not used any more"
 
 
 def test_alert_for_a_certificate_can_be_snoozed(dashboard, web1):
