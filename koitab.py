@@ -11668,6 +11668,9 @@ create index notifications_due on notifications (due);
 create index notifications_of_run on notifications (run)
     where run is not null;
 """
+    DELIVERED = "select m.*, c.kind way, c.target, c.options, d.dash from " \
+        "notifications m join channels c on c.id = m.channel cross join " \
+        "dashboard d"
     SHOWN = "select a.subject, kind, since, text, coalesce(until, 0) " \
         "snoozed from alerts a left join snoozes s on s.subject = a.subject"
 
@@ -11886,7 +11889,7 @@ create index notifications_of_run on notifications (run)
             db.delete("channels", id=channel)
             db.delete("notifications", channel=channel)
         if action == "test":
-            key = f"test-{now}-{channel}"
+            key = f"test-{os.urandom(8).hex()}-{channel}"
             self.add_notification(
                 db, channel, key,
                 Alert("", "test", now, "koi: a test", "If you can read this, "
@@ -11923,10 +11926,10 @@ create index notifications_of_run on notifications (run)
 
     # --- delivery
 
-    def due_channels(self, db: Database, now: float) -> list[int]:
-        """Return the channels that have notifications to deliver now."""
-        return db.column("select distinct channel from notifications where "
-                         "due <= ?", now)
+    def due_channels(self, db: Database, now: float) -> list[tuple]:
+        """Return (channel, is it a test?) of what is to be delivered now."""
+        return db.execute("select distinct channel, kind = 'test' from "
+                          "notifications where due <= ?", now).fetchall()
 
     def is_waiting(self, db: Database) -> bool:
         """Is there a notification, due or to be repeated later?"""
@@ -11954,11 +11957,19 @@ create index notifications_of_run on notifications (run)
         if fresh:
             found.update(sent=found["sent"] + len(fresh), sent_at=now)
             db.update("channels", found, id=channel)
-        return db.rows(
-            "select m.*, c.kind way, c.target, c.options, d.dash from "
-            "notifications m join channels c on c.id = m.channel cross join "
-            "dashboard d where m.channel = ? and m.due <= ? order by m.kind "
-            "<> 'test', m.id limit 100", channel, now)
+        return db.rows(f"{self.DELIVERED} where m.channel = ? and m.due <= ? "
+                       "and m.kind <> 'test' order by m.id limit 100",
+                       channel, now)
+
+    def take_tests(self, db: Database, channel: int) -> list[dict]:
+        """Return the tests of a channel to deliver now. Those that nobody
+        waits for any more, as after a restart, are removed."""
+        rows = db.rows(f"{self.DELIVERED} where m.channel = ? and m.kind = "
+                       "'test'", channel)
+        for row in rows:
+            if row["key"] not in self.tests:
+                db.delete("notifications", id=row["id"])
+        return [row for row in rows if row["key"] in self.tests]
 
     def postpone(self, db: Database, numbers: list[int], due: float) -> None:
         """Let notifications wait until `due`."""
@@ -12001,7 +12012,8 @@ create index notifications_of_run on notifications (run)
                 and found["kind"] != "test" and not is_final:
             pause = min(15 * 2**min(found["tries"], 10), 3600)
             db.execute("update notifications set due = ? where channel = ? "
-                       "and due <= ?", now + 15, found["channel"], now)
+                       "and due <= ? and kind <> 'test'", now + 15,
+                       found["channel"], now)
             db.update("notifications", {"tries": found["tries"] + 1,
                                         "due": now + pause}, id=notification)
         else:
@@ -12016,7 +12028,7 @@ create index notifications_of_run on notifications (run)
         if db.value("select 1 from notifications where key = ?",
                     test["key"]):
             return None
-        error = self.tests[test["key"]]
+        error = self.tests.get(test["key"])
         error = "the channel was deleted" if error is None else error
         return {"id": test["id"], "delivered": not error, "error": error}
 
@@ -15610,7 +15622,9 @@ class Dashboard:
 # unless a mail server refuses it for good, and its error shown on the page.
 # ==========================================================================
 
-TEST_SECONDS = 20.0     # that the answer to Test waits for its delivery
+# That the answer to Test waits for its delivery: longer than koid takes for a
+# mail, and less than the minute that proxies wait.
+TEST_SECONDS = 3 * SEND_SECONDS
 MOST_ANSWER = 1024      # bytes of an answer that are read
 DELIVERY_PAUSE = 5.0    # seconds between checks for due notifications
 STOP_LATEST = 10.0      # seconds from koid's end to that of its dashboard
@@ -15686,7 +15700,7 @@ class Notifier:
         self.url = url      # where people open the page; "" if unknown
         self.koid = koid    # it sends the mails, if it runs the dashboard
         self.stopping, self.thread = False, None
-        self.busy: set[int] = set()     # channels that have a thread
+        self.busy: set[tuple] = set()   # (channel, is it a test?): a thread
 
     def start(self) -> None:
         """Start the thread that delivers until `stop`."""
@@ -15712,40 +15726,46 @@ class Notifier:
             pause = DELIVERY_PAUSE
             try:
                 self.deliver_due()
+                self.dashboard.problems.pop("alerts", None)
                 if not self.dashboard.read(self.dashboard.alerts.is_waiting):
                     pause = None        # until the event
             except Error as error:
                 self.dashboard.problems["alerts"] = \
                     f"alerts: {error.message}"
-            except RuntimeError:        # no thread can be started now
-                self.busy.clear()
             self.dashboard.notifications_due.wait(pause)
 
     def deliver_due(self) -> list:
         """Start a thread for each channel that has due notifications and no
-        thread yet; return these threads. Raises Error if the database
-        cannot be read, and RuntimeError if no thread can be started."""
+        thread yet, and one for tests, which wait for no other delivery;
+        return these threads. Raises Error if the database cannot be
+        read."""
         import threading
         threads = []
-        for channel in self.dashboard.read(
+        for due in self.dashboard.read(
                 self.dashboard.alerts.due_channels,
                 self.dashboard.clock.now()):
-            if channel not in self.busy and not self.dashboard.full:
-                self.busy.add(channel)
-                threads.append(threading.Thread(
-                    target=self.deliver_all, args=(channel,), daemon=True))
-                threads[-1].start()
+            if due not in self.busy and not self.dashboard.full:
+                thread = threading.Thread(target=self.deliver_all, args=due,
+                                          daemon=True)
+                self.busy.add(due)
+                try:
+                    thread.start()
+                except RuntimeError:    # this host lets us start none now
+                    self.busy.discard(due)
+                    break
+                threads.append(thread)
         return threads
 
-    def deliver_all(self, channel: int) -> None:
+    def deliver_all(self, channel: int, is_test: int) -> None:
         """Deliver a channel's notifications in order, until one fails: the
         others would fail for the same reason."""
         do, alerts = self.dashboard.do, self.dashboard.alerts
         error = ""
         try:
             while not error and not self.stopping:
-                notifications = do(alerts.take_due, channel,
-                                   self.dashboard.clock.now())
+                notifications = do(alerts.take_tests, channel) if is_test \
+                    else do(alerts.take_due, channel,
+                            self.dashboard.clock.now())
                 if not notifications:
                     return
                 for notification in notifications:
@@ -15757,7 +15777,7 @@ class Notifier:
         except Error:           # the disk is full, or the dashboard stops
             pass
         finally:
-            self.busy.discard(channel)
+            self.busy.discard((channel, is_test))
 
     def deliver(self, notification: dict) -> tuple[str, bool]:
         """Deliver one notification. Return "", or why that failed, and
@@ -18099,16 +18119,20 @@ async def change_channel(api: Api, context: RequestContext) -> Response:
     found, until = None, api.loop.time() + TEST_SECONDS
     try:
         with LongPoll(api.polls, ("test", result["key"])) as poll:
-            while not found:
+            more = True
+            while not found and more:
                 found = await api.in_reader(api.dashboard.read,
                                             alerts.test_result, result)
-                if not found and not await context.connection.run_until_closed(
-                        poll.wait(until - api.loop.time())):
-                    found = {"id": result["id"], "delivered": False, "error":
-                             f"no result after {TEST_SECONDS:g} seconds"}
+                more = found or await context.connection.run_until_closed(
+                    poll.wait(until - api.loop.time()))
+            if poll.ended and not found:
+                raise Error("the dashboard stops: the test may arrive or "
+                            "not", "test again", 503)
     finally:
-        del alerts.tests[result["key"]]
-    return json_response(found)
+        alerts.tests.pop(result["key"], None)
+    return json_response(found or {
+        "id": result["id"], "delivered": False, "error":
+        f"no result after {TEST_SECONDS:g} seconds: it may still arrive"})
 
 
 async def forget_subject(api: Api, context: RequestContext) -> Response:

@@ -41,6 +41,9 @@ class Listener(http.server.BaseHTTPRequestHandler):
         self.server.got.append((self.path, dict(self.headers), body))
         if self.server.sleeps:
             time.sleep(self.server.sleeps)
+        if self.server.hold:
+            self.server.hold.wait(20)
+            return
         self.send_response(self.server.status)
         if self.server.status == 302:
             self.send_header("Location", "/elsewhere")
@@ -56,6 +59,7 @@ class Listener(http.server.BaseHTTPRequestHandler):
 def listener():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
     server.got, server.status, server.sleeps = [], 200, 0
+    server.hold = None          # an event before which nothing is answered
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
@@ -69,8 +73,14 @@ def deliver(dashboard, url: str = "") -> None:
     """Deliver what is due, with a dashboard that runs step by step."""
     notifier = koitab.Notifier(dashboard.dashboard, url=url)
     threads = notifier.deliver_due()
+    step_until(dashboard, lambda: not any(thread.is_alive()
+                                          for thread in threads))
+
+
+def step_until(dashboard, is_done) -> None:
+    """Let the dashboard write what other threads want written, until."""
     until = time.monotonic() + 10
-    while any(thread.is_alive() for thread in threads):
+    while not is_done():
         dashboard.dashboard.run_once()
         time.sleep(0.002)
         assert time.monotonic() < until
@@ -596,20 +606,124 @@ def test_invalid_options_of_a_channel_are_refused(dashboard, kind, options):
             else "ops@example.org", options)
 
 
-def test_result_of_a_test_notification_is_its_own(quiet):
-    """What waited before the test comes after it, and fails."""
-    with servers.Sink("none") as sink:
-        channel = add_smtp(quiet, sink)
-        fail(quiet)
-        sink.answers["RCPT"] = ["250 ok", "451 later"]
-        alerts = quiet.dashboard.alerts
-        test = quiet.do(alerts.change_channel, {"do": "test", "id": channel},
-                        NOW)
-        deliver(quiet)
-        assert sink.subjects() == ["koi: koi: a test"]
-    assert "451" in shown(quiet)["error"]
+def test_result_of_a_test_notification_is_its_own(quiet, listener,
+                                                  monkeypatch):
+    """What was due before the test hangs, and then fails."""
+    monkeypatch.setattr(koitab, "SEND_SECONDS", 0.5)
+    channel = quiet.channel("webhook", listener.url)
+    fail(quiet)
+    listener.hold = threading.Event()
+    alerts, notifier = quiet.dashboard.alerts, koitab.Notifier(quiet.dashboard)
+    threads = notifier.deliver_due()
+    step_until(quiet, lambda: listener.got)
+    test = quiet.do(alerts.change_channel, {"do": "test", "id": channel}, NOW)
+    held, listener.hold = listener.hold, None
+    threads += notifier.deliver_due()
+    step_until(quiet, lambda: quiet.ask(alerts.test_result, test))
     assert quiet.ask(alerts.test_result, test) == {
         "id": channel, "delivered": True, "error": ""}
+    step_until(quiet, lambda: not any(each.is_alive() for each in threads))
+    held.set()
+    assert shown(quiet)["error"]
+
+
+def test_test_is_delivered_though_other_notifications_have_just_failed(
+        quiet, listener):
+    channel = quiet.channel("webhook", listener.url)
+    fail(quiet)
+    alerts = quiet.dashboard.alerts
+    row, = quiet.do(alerts.take_due, channel, NOW)
+    test = quiet.do(alerts.change_channel, {"do": "test", "id": channel}, NOW)
+    quiet.do(alerts.mark_delivered, row["id"], "it answered 500", NOW)
+    deliver(quiet)
+    assert quiet.ask(alerts.test_result, test)["delivered"]
+
+
+def test_two_tests_at_once_have_a_result_each(quiet, listener):
+    channel = quiet.channel("webhook", listener.url)
+    alerts = quiet.dashboard.alerts
+    tests = [quiet.do(alerts.change_channel, {"do": "test", "id": channel},
+                      NOW) for _ in range(2)]
+    deliver(quiet)
+    assert len(listener.got) == 2
+    assert [quiet.ask(alerts.test_result, each)["delivered"]
+            for each in tests] == [True, True]
+
+
+def test_test_from_before_a_restart_is_not_delivered(quiet, listener):
+    channel = quiet.channel("webhook", listener.url)
+    quiet.do(quiet.dashboard.alerts.change_channel,
+             {"do": "test", "id": channel}, NOW)
+    reopened = quiet.reopen()
+    deliver(reopened)
+    assert listener.got == []
+    assert reopened.rows("select * from notifications") == []
+
+
+# --- edits
+
+def edit(dashboard, **fields) -> None:
+    dashboard.do(dashboard.dashboard.alerts.change_channel,
+                 {"do": "edit", **fields}, dashboard.now)
+
+
+def test_edited_channel_keeps_its_history_and_what_waits(quiet, listener):
+    channel = quiet.channel("webhook", listener.url + "/old")
+    listener.status = 500
+    fail(quiet)
+    deliver(quiet)
+    listener.status, listener.got[:] = 200, []
+    edit(quiet, id=channel, target=listener.url + "/new")
+    assert shown(quiet)["error"] == ""
+    deliver(quiet)
+    assert [path for path, _, _ in listener.got] == ["/new"]
+    assert (shown(quiet)["id"], shown(quiet)["last"]) == (channel, NOW)
+    with refused(404):
+        edit(quiet, id=99, target=listener.url)
+
+
+def stored_options(dashboard) -> dict:
+    return json.loads(dashboard.rows(
+        "select options from channels order by id desc")[0][0])
+
+
+def test_edit_keeps_the_secrets_that_are_shown_as_stars(quiet):
+    channel = add(quiet, "smtp", "ops@example.org", {
+        "host": "mail.example.org", "user": "koi", "password": "sesame"})
+    edit(quiet, id=channel, target="dba@example.org",
+         options={**shown(quiet)["options"], "from": "koi@example.org"})
+    assert shown(quiet)["target"] == "dba@example.org"
+    assert stored_options(quiet)["password"] == "sesame"
+    assert stored_options(quiet)["from"] == "koi@example.org"
+    hook = add(quiet, "webhook", "https://u:pw@example.org/x", {
+        "headers": {"X-Key": "sesame", "X-Old": "1"}, "body": '{"a": "***"}'})
+    edit(quiet, id=hook, target=shown(quiet)["target"], options={
+        "headers": {"X-Key": "***", "X-New": "2"}})
+    assert stored_options(quiet) == {"headers": {"X-Key": "sesame",
+                                                 "X-New": "2"}}
+    assert quiet.rows("select target from channels where id = ?", hook) == [
+        ("https://u:pw@example.org/x",)]
+
+
+@pytest.mark.parametrize("kind, target, options, changes", [
+    ("smtp", "ops@example.org", {"host": "mail.example.org", "user": "koi",
+                                 "password": "sesame"},
+     {"options": {"host": "evil.example", "port": 587, "security": "starttls",
+                  "user": "koi", "password": "***"}}),
+    ("webhook", "https://example.org/x", {"headers": {"X-Key": "sesame"}},
+     {"target": "https://evil.example/x"}),
+    ("webhook", "https://u:pw@example.org/x", {},
+     {"target": "https://***@evil.example/x"}),
+    ("webhook", "https://u:pw@example.org/x", {}, {"kind": "ntfy", "target":
+                                                   "https://***@evil/x"})])
+def test_edit_sends_no_kept_secret_to_another_server(quiet, kind, target,
+                                                     options, changes):
+    channel = add(quiet, kind, target, options)
+    before = quiet.rows("select * from channels")
+    with refused(400) as error:
+        edit(quiet, id=channel, **changes)
+    assert "***" in error.message
+    assert quiet.rows("select * from channels") == before
 
 
 # --- webhooks with headers and a body
@@ -730,8 +844,9 @@ def test_digest_and_test_leave_the_fields_of_an_alert_empty(quiet, listener):
     quiet.do(quiet.dashboard.alerts.change_channel,
              {"do": "test", "id": channel}, NOW)
     deliver(quiet)
-    assert [json.loads(body) for _, _, body in listener.got] == [
-        {"a": "test", "b": ""}, {"a": "digest", "b": ""}]
+    assert sorted(json.loads(body)["a"] for _, _, body in listener.got) == [
+        "digest", "test"]
+    assert {json.loads(body)["b"] for _, _, body in listener.got} == {""}
 
 
 @pytest.mark.parametrize("options, words", [
