@@ -11878,13 +11878,21 @@ create index notifications_of_run on notifications (run)
     def change_channel(self, db: Database, fields, now: float) -> dict:
         """Add, delete or test a channel; return its id. Raises Error."""
         request = RequestFields(fields)
-        action = request.choice("do", ("add", "delete", "test"), "add")
+        action = request.choice("do", ("add", "edit", "delete", "test"), "add")
         if action == "add":
             channel = self.add_channel(db, request, now)
         else:
             channel = request.whole("id")
-            if not db.value("select 1 from channels where id = ?", channel):
+            old = db.row("select kind, target, options from channels where "
+                         "id = ?", channel)
+            if not old:
                 raise not_found("channel")
+        if action == "edit":
+            db.update("channels", {"error": "", **read_channel(
+                RequestFields(edited_channel(fields, old)))}, id=channel)
+            db.execute("update notifications set due = ? where channel = ? "
+                       "and tries > 0", now, channel)
+            self.changes.mark_changed("notifications", channel)
         if action == "delete":
             db.delete("channels", id=channel)
             db.delete("notifications", channel=channel)
@@ -12049,7 +12057,7 @@ create index notifications_of_run on notifications (run)
 def read_channel(request: RequestFields) -> dict:
     """Return the columns of the channel that a request describes. Raises
     Error."""
-    request.allow_only(("do", "kind", "target", "options"))
+    request.allow_only(("do", "id", "kind", "target", "options"))
     kind = request.choice("kind", tuple(CHANNEL_OPTIONS))
     target = request.text("target", 1000).strip()
     if kind in ("mail", "smtp") and not is_mail_address(target):
@@ -12073,6 +12081,45 @@ def read_channel(request: RequestFields) -> dict:
     if kind == "webhook":
         found.update(read_webhook(options))
     return {"kind": kind, "target": target, "options": compact_json(found)}
+
+
+def edited_channel(fields: dict, old: dict) -> dict:
+    """Return the fields of a channel after an edit: what `fields` leaves out
+    or shows as ***, stays as in the row `old`. Raises Error.
+
+    A secret that is kept goes to no other server: nobody can read it here,
+    and an edit shall not send it to where it can be read.
+    """
+    import json
+    options = json.loads(old["options"])
+    shown = {"kind": old["kind"], "target": without_password(old["target"]),
+             "options": without_values(options)}
+    found = {**shown, **fields}
+    if server_of(found) == server_of(shown):
+        found["options"] = unmasked(found["options"], options)
+        if found["target"] == shown["target"]:
+            found["target"] = old["target"]
+    if '"***"' in compact_json(found["options"]) \
+            or "//***@" in str(found["target"]):
+        raise Error("the channel: *** keeps a secret for the same server "
+                    "only", "enter the secret again", 400)
+    return found
+
+
+def server_of(channel: dict) -> tuple:
+    """Return what says which server gets the secrets of a channel."""
+    options = channel["options"]
+    if channel["kind"] != "smtp" or not isinstance(options, dict):
+        return channel["kind"], channel["target"]
+    return tuple(options.get(name) for name in ("host", "port", "security"))
+
+
+def unmasked(shown, options):
+    """Return options with the secrets of `options` in the place of ***."""
+    if not isinstance(shown, dict) or not isinstance(options, dict):
+        return options if shown == "***" else shown
+    return {name: unmasked(value, options.get(name, value))
+            for name, value in shown.items()}
 
 
 def read_mail_server(options: RequestFields) -> dict:
@@ -18110,8 +18157,8 @@ async def change_check(api: Api, context: RequestContext) -> Response:
 
 
 async def change_channel(api: Api, context: RequestContext) -> Response:
-    """POST /api/v1/channels: add, test or delete one. The answer to a test
-    says whether the receiver took it."""
+    """POST /api/v1/channels: add, edit, test or delete one. The answer to a
+    test says whether the receiver took it."""
     alerts = api.dashboard.alerts
     result = await api.store(context, alerts.change_channel)
     if "key" not in result:
