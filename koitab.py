@@ -18607,6 +18607,7 @@ progress { width: 100%; height: 6px; accent-color: var(--accent); }
 /* States: a shape, a colour and a word */
 .state { display: inline-flex; align-items: center; gap: 6px;
   white-space: nowrap; }
+.state .word { align-self: baseline; }      /* in line with its neighbours */
 .s-ok .icon, .s-ok > .icon { color: var(--ok); }
 .s-failed { color: var(--bad); font-weight: 600; }
 .s-late, .s-missed { color: var(--late); font-weight: 600; }
@@ -18642,13 +18643,16 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 #top nav a { padding: 5px 9px; border-radius: 6px; color: var(--soft); }
 #top nav a:hover { background: var(--hover); text-decoration: none; }
 #top nav a[aria-current] { color: var(--ink); font-weight: 600; }
+#top nav .more { display: none; color: var(--soft); font-size: 14px; }
+#menu label { display: flex; align-items: center; gap: 8px;
+  padding: 4px 10px; font-weight: 400; }
 .count:not(:empty) {
   margin-left: 5px; padding: 0 6px; border-radius: 9px; font-size: 11.5px;
   background: var(--bad); color: var(--card); font-weight: 600;
 }
 #find { position: relative; flex: 0 1 260px; margin-left: auto; }
 #find input { width: 100%; padding-left: 30px; background: var(--paper); }
-#find .icon { position: absolute; left: 9px; top: 9px;
+#find .icon { position: absolute; left: 9px; top: calc(50% - 7px);
   color: var(--soft); }
 #connection { display: inline-flex; gap: 6px; align-items: center;
   color: var(--soft); font-size: 12.5px; margin: 0 4px; }
@@ -18659,9 +18663,9 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 #connection[data-kind="away"] i { background: none;
   border: 2px solid var(--late); }
 .zone { font-weight: 400; }
-.zone select { border-color: transparent; background: none;
+#top .zone select { border-color: transparent; background: none;
   color: var(--soft); font-size: 13px; }
-.zone select:hover { background: var(--hover); }
+#top .zone select:hover { background: var(--hover); }
 .help span { font-weight: 600; min-width: 8px; }
 
 /* Jobs */
@@ -18675,7 +18679,8 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .toolbar { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; }
 .toolbar input { width: 220px; }
 .chips { display: flex; gap: 4px; flex-wrap: wrap; }
-.chip { border-radius: 15px; color: var(--soft); background: none; }
+.chip { flex: none; border-radius: 15px; color: var(--soft);
+  background: none; }
 .chip:is([data-state="failed"], [data-state="bad"]) b { color: var(--bad); }
 .chip:is([data-state="missed"], [data-state="late"]) b {
   color: var(--late); }
@@ -18752,7 +18757,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
   margin-top: 6px; border-top: 1px solid var(--line); }
 .why .row-actions { margin-left: auto; }
 .why .btn { min-height: 26px; padding: 2px 9px; }
-@media (hover: hover) and (min-width: 860px) {
+@media (hover: hover) and (min-width: 900px) {
   .many .row:not(:hover, :focus-within) .why .btn:is(a,
     [aria-haspopup]) { opacity: 0; }
 }
@@ -18834,7 +18839,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .view.run > * { margin: 0; }
 .runmain { display: flex; flex-direction: column; gap: 12px;
   min-width: 0; }
-@media (min-width: 860px) {
+@media (min-width: 900px) {
   .runmain:not(:has(.diff)) { max-height: max(640px, calc(100vh - 79px)); }
 }
 #main:has(> .view.run) { padding-bottom: 16px; }
@@ -18996,7 +19001,7 @@ label, .label { font-weight: 600; font-size: 13px; }
 .question { display: flex; gap: 8px 12px; flex-wrap: wrap;
   align-items: center; }
 .runhead .question { margin-top: 12px; }
-.snippet { display: flex; align-items: flex-start; gap: 4px;
+.snippet { display: flex; align-items: center; gap: 4px;
   border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); padding: 4px 4px 4px 12px; margin-top: 8px; }
 .snippet pre { flex: 1; padding: 4px 0; min-width: 0; }
@@ -19015,6 +19020,9 @@ table.list { width: 100%; border-collapse: separate; border-spacing: 0;
 .list td { padding: 6px 12px; border-top: 1px solid var(--line);
   vertical-align: top; }
 .list td:not(.message, .wraps) { white-space: nowrap; }
+@media (min-width: 900px) {
+  .list td .btn { min-height: 26px; padding: 1px 8px; }
+}
 .list td.wraps { min-width: 140px; overflow-wrap: anywhere; }
 .list td.message { width: 45%; min-width: 220px; overflow-wrap: anywhere;
   font: 12.5px/1.5 var(--mono); }
@@ -19078,21 +19086,22 @@ dialog > * + * { margin-top: 12px; }
   #top { flex-wrap: wrap; }
   #top nav { order: 9; flex-basis: 100%; overflow-x: auto; margin: 0; }
 }
-@media (max-width: 859px) {
+@media (max-width: 899px) {
   body { font-size: 15px; }
   #main { padding: 12px 12px 64px; }
   .open #top { padding: 6px 12px 2px; }
   #top nav a { padding: 6px 5px; white-space: nowrap; font-size: 14px; }
   #top nav { justify-content: space-between; scrollbar-width: none; }
   #find { flex: 1 1 90px; }
-  .help, .zone, .roomy { display: none; }
+  .roomy { display: none; }
   .toolbar input { flex: 1 1 140px; width: auto; }
   /* Fingers need 40 px, and iOS enlarges a page with smaller text. */
   .btn, .bar .btn, .head .btn, .c-act .btn, .why .btn, summary, #top nav a,
   input:not([type=checkbox]), select, .bar input[type=search] {
     min-height: 40px; }
   .btn { min-width: 40px; justify-content: center; }
-  summary, #top nav a { display: flex; align-items: center; }
+  #top nav a { display: flex; align-items: center; }
+  summary { line-height: 40px; }
   input:not([type=checkbox]), select, textarea, .field textarea {
     font-size: 16px; }
   input[type=checkbox] { width: 24px; height: 24px; }
@@ -19101,32 +19110,28 @@ dialog > * + * { margin-top: 12px; }
   .chips { flex-wrap: nowrap; overflow-x: auto; max-width: 100%;
     scrollbar-width: none; }
   .legend { margin-left: 0; font-size: 12px; gap: 2px 9px; }
-  .row { grid-template-columns: minmax(0, 1fr) auto; gap: 3px 10px;
-    padding: 9px 12px; grid-template-areas: "name act" "is next"
-      "last history"; }
+  .row { position: relative; gap: 4px 8px; padding: 9px 12px;
+    grid-template-columns: auto minmax(0, 1fr) auto auto auto;
+    grid-template-areas: "name name next act menu"
+      "is last history history history" "line line line line line"
+      "why why why why why"; }
   .c-is { grid-area: is; } .c-name { grid-area: name; }
-  .c-last { grid-area: last; overflow: hidden; }
-  .c-history { grid-area: history; }
-  .c-next { grid-area: next; display: block; text-align: right; }
+  .c-last { grid-area: last; overflow: hidden; flex-wrap: wrap; gap: 0 8px; }
+  .c-history { grid-area: history; justify-self: end; }
+  .c-next { grid-area: next; display: block; }
+  .c-next > .muted:only-child { display: none; }    /* as its name says */
   .c-act { grid-area: act; }
   .c-name { flex-wrap: wrap; gap: 0 8px; }
-  .why > .muted { flex: 1 1 0; }
-  .row { position: relative; }
+  .why { display: contents; }
+  .why > * { grid-area: why; }
+  .why pre { grid-area: line; }
+  .why .row-actions { grid-area: menu; }
+  .row > div:empty { display: none; }
   .c-name a::after { content: ""; position: absolute; inset: 0; }
   .row :is(.btn, .bars, .c-last a) { position: relative; z-index: 1; }
-  .why { grid-column: 1 / -1; padding: 4px 0 2px; }
-  .why pre { flex-basis: 100%; }
-  .why .btn[aria-haspopup] { min-width: 44px; justify-content: center; }
   .head > div { padding-left: 4px; flex-wrap: wrap; }
-  .dayrow { grid-template-columns: 96px 1fr; }
   .axis { position: static; }
   .number { width: calc(var(--digits) + 10px); padding-right: 8px; }
-  .list td, .list th { padding: 7px 8px; }
-  .facts { gap: 8px 20px; }
-  .bar .btn { padding: 3px 8px; }
-  .login { margin-top: 5vh; padding: 20px; }
-}
-@media (max-width: 640px) {
   .list, .list tbody { display: block; }
   .list thead { display: none; }
   .list tr { display: flex; flex-wrap: wrap; gap: 2px 14px;
@@ -19135,15 +19140,26 @@ dialog > * + * { margin-top: 12px; }
   .list td, .list td.message, .list td.wraps { padding: 0; border: 0;
     min-width: 0; width: auto; }
   .list td:empty { display: none; }
+  .list td:has(> .btn:only-child) { margin-left: auto; }
   .list td:not(.message, .wraps) { white-space: normal; }
   .list td[data-th]::before { content: attr(data-th) " "; font-size: 12px;
     color: var(--soft); }
-  .list td .btn.quiet { padding-left: 0; }
   .list td.wraps, .list td.message { flex-basis: 100%; }
+  .facts { gap: 8px 20px; }
+  .bar .btn { padding: 3px 8px; }
+  .login { margin-top: 5vh; padding: 20px; }
+}
+@media (max-width: 479px) {
+  /* Audit, Hosts, Settings, zone and theme are behind More. */
+  .help, .zone, .theme, #top nav a:nth-last-of-type(-n+3) { display: none; }
+  #top nav .more { display: flex; }
+  #top nav:has(a[aria-current]:nth-last-of-type(-n+3)) .more {
+    color: var(--ink); font-weight: 600; }
+  .dayrow { grid-template-columns: minmax(0, 1fr); padding: 3px 12px; }
+  .dayrow > a { padding: 0; }
 }
 @media (max-width: 379px) {
-  .row { grid-template-areas: "name act" "is next" "last last"
-    "history history"; }
+  #top nav a, #top nav .more { padding: 6px 2px; font-size: 13px; }
 }
 @media (forced-colors: active) {
   .bars path, .spark path { forced-color-adjust: none; }
@@ -19351,13 +19367,19 @@ const titleRow = (title, ...actions) => el("div", { class: "title-row" },
   title, el("div", { class: "actions" }, ...actions));
 
 // Replaces what is in `root` by the nodes that `draw` returns. What had the
-// focus has it again, by its place.
+// focus has it again: by its link or label, or else by its place.
 function redraw(root, draw) {
   const focusable = () => [...root.querySelectorAll(
     "a, button, input, summary, .bars")];
-  const focused = focusable().indexOf(document.activeElement);
+  const labelOf = (node) => [node.localName, node.getAttribute("href"),
+    node.getAttribute("aria-label")].join(" ");
+  const old = focusable(), at = old.indexOf(document.activeElement);
   root.replaceChildren(...draw());
-  focusable()[focused]?.focus({ preventScroll: true });
+  if (at < 0) return;
+  const found = focusable(), label = labelOf(old[at]);
+  const same = (nodes) => nodes.filter((node) => labelOf(node) === label);
+  (same(found)[same(old).indexOf(old[at])] || found[at])?.focus(
+    { preventScroll: true });
 }
 
 // Pairs of a name and what it is; pairs without a value are left out.
@@ -19438,12 +19460,6 @@ function field(label, input, help = "", row = input) {
 const checkbox = (input, text) => el("div", { class: "field check" }, input,
   el("label", { for: input.id, text }));
 
-// A button that is replaced by one which says what it does, and does it.
-function confirmButton(text, sure, action, facts) {
-  return button(text, (event) => event.target.replaceWith(button(sure, action,
-    { class: "btn danger" })), facts);
-}
-
 // Opens the page's one menu below a button. The browser closes it on Escape
 // and on a click elsewhere.
 function openMenu(anchor, items) {
@@ -19468,6 +19484,13 @@ const menuItem = (text, detail, action) => button([el("span", { text }),
   $("#menu").hidePopover();
   action();
 });
+
+// A button that asks, by name, before it does something that cannot be undone.
+const confirmButton = (text, sure, action, facts) => menuButton(text, () =>
+  [button(sure, () => {
+    $("#menu").hidePopover();
+    action();
+  }, { class: "btn danger" })], facts);
 
 // Puts "Loading" into `root` until `load` has an answer, and then `show`s it,
 // or the error.
@@ -20290,7 +20313,10 @@ const app = {
     const nav = el("nav", { "aria-label": "Places" }, places.map(
       ([path, word]) => link(`#/${path}`, [word, path === "jobs"
         && el("span", { class: "count", id: "problem-count" })],
-      { "data-path": path })));
+      { "data-path": path })), menuButton("More", () => [...places.slice(-3)
+      .map(([path, word]) => menuItem(word, "", () => go(path))),
+    menuItem("Light or dark", "", nextTheme), el("label", {}, "Times in ",
+      zoneSelect())], { class: "btn quiet more" }));
     const input = el("input", { name: "q", type: "search", placeholder:
       "Search all outputs", "aria-label": "Search all outputs",
     autocomplete: "off" });
@@ -20323,6 +20349,7 @@ const app = {
     justSnoozed.clear();
     this.view?.leave?.();
     hideTip();
+    $("#menu").hidePopover();
     const root = el("div", { class: "view" });
     $("#main").replaceChildren(root);
     this.path = place.path;
@@ -20701,12 +20728,13 @@ function barKey(event) {
   return true;
 }
 
-const phone = matchMedia("(max-width: 859px)");
+const phone = matchMedia("(max-width: 899px)");
+const narrow = matchMedia("(max-width: 479px)");
 const wide = matchMedia("(min-width: 1360px)");
 
 // Returns the run history bar: the last runs, as [id, at, seconds, outcome].
 function historyBar(runs, host, hrefOf = ({ run }) => `#/run/${run[0]}`,
-  { most = phone.matches ? 30 : wide.matches ? 90 : 60,
+  { most = narrow.matches ? 20 : phone.matches ? 30 : wide.matches ? 90 : 60,
     pitch = phone.matches ? 5 : 4, height = 18 } = {}) {
   const last = runs.slice(-most), skip = most - last.length;
   const items = last.map((run, at) => ({ x: (at + skip) * pitch,
@@ -22524,8 +22552,9 @@ function jobHead(job, lines) {
     job.section || null),
   titleRow(el("h1", {}, job.label), canRun(job) && runLink(job),
     linkButton(`#/search?job=${job.id}`, "Search its output"),
-    isOperator() && job.removed && button("Forget", () =>
-      withToast(forget, "Forgotten"), { class: "btn danger" })),
+    isOperator() && job.removed && confirmButton("Forget\u2026",
+      `Forget ${job.label} and its runs`, () => withToast(forget,
+        "Forgotten"), { class: "btn danger" })),
   problemNote(job, lines), runningNote(job),
   job.recent_runs.length > 0 && el("div", { class: "charts" }),
   factList([["State", markOf(job)],
@@ -22731,7 +22760,7 @@ function hostDownNote(job) {
 function byHandView(place, root) {
   const list = el("div");
   root.append(el("h1", { text: "Run by hand" }), list);
-  const draw = () => list.replaceChildren(byHandList());
+  const draw = () => redraw(list, () => [byHandList()]);
   draw();
   return { title: "Run by hand", update: (changes) => {
     if (changes.jobs || changes.requests || changes.hosts || changes.all) {
@@ -23268,7 +23297,7 @@ class Day {
         ? "No job fits the filter" : "Nothing ran, and nothing was due"));
     }
     this.width = this.grid.clientWidth;
-    const width = Math.max(160, this.width - (phone.matches ? 96 : 200) - 8);
+    const width = this.width - (narrow.matches ? 24 : 208);
     let last = "";
     const nodes = [this.axis(width)];
     for (const row of rows) {
@@ -23281,7 +23310,7 @@ class Day {
           hostName(job.host))], { title: job.label }),
       this.lane(job, starts, width)));
     }
-    this.grid.replaceChildren(...nodes);
+    redraw(this.grid, () => nodes);
   }
 
   x(at, width) {
@@ -23461,7 +23490,7 @@ function checkView(place, root) {
   if (!state.checks.has(id)) return lostView(place, root);
   const head = el("div"), list = el("div"), path = `checks/${id}/pings`;
   root.append(head, list);
-  const draw = () => head.replaceChildren(...checkHead(state.checks.get(id),
+  const draw = () => redraw(head, () => checkHead(state.checks.get(id),
     $("details", head)?.open));
   const load = () => showLoaded(list, () => get(path), (answer) =>
     list.replaceChildren(pingTable(path, answer)));
@@ -23851,8 +23880,8 @@ function hostsView(place, root) {
   root.append(el("h1", { text: "Hosts" }), list, section("Add a host",
     el("p", {}, "On the machine, type this; it asks for the dashboard\u2019s "
     + "passphrase, which stays there:"), joinCommands()));
-  const draw = () => list.replaceChildren(state.hosts.size ? hostTable()
-    : mutedLine("No host has joined this dashboard yet."));
+  const draw = () => redraw(list, () => [state.hosts.size ? hostTable()
+    : mutedLine("No host has joined this dashboard yet.")]);
   draw();
   return { title: "Hosts", update: (changes) => {
     if (changes.hosts || changes.deleted || changes.all) draw();
@@ -23872,19 +23901,20 @@ function hostRow(host) {
   const jobs = [...state.jobs.values()].filter((job) =>
     job.host === host.id).length;
   const cell = (name, ...inside) => el("td", { "data-th": name }, inside);
+  const problems = [...host.problems || [], hasOtherKeys(host)
+    && WORDS.otherKeys].filter(Boolean);
   return tableRow(el("td", { class: "wraps" }, el("b", { text: host.name }),
-    (host.problems || []).map((text) => el("div", { class: "error",
+    problems.map((text) => el("div", { class: "error",
       text: visible(text) }))),
   stateMark(...HOST_STATES[host.state] || ["unknown", host.state]),
   cell("Jobs", String(jobs)),
   cell("Heard", host.seen ? timeNode(host.seen, host) : "never"),
   cell("Clock", skewWords(host.skew || 0), el("div", { class: "muted",
     text: host.zone })),
-  cell("koi", host.version || "", hasOtherKeys(host) && el("div",
-    { class: "error", text: WORDS.otherKeys })),
+  cell("koi", host.version || ""),
   isOperator() && confirmButton("Forget\u2026", `Forget ${host.name} and `
     + "its runs", () => withToast(() => post("forget", { host: host.id }),
-    "Forgotten"), { class: "btn quiet" }));
+    "Forgotten"), { class: "btn danger" }));
 }
 
 const skewWords = (skew) => Math.abs(skew) < 2 ? "right" : el("span", {

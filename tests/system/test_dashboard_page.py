@@ -607,16 +607,39 @@ return [...bad];
 """
 
 
-@pytest.mark.parametrize("width", [320, 390])
-def test_every_view_fits_the_width_of_a_phone(page, stand_in, width):
+# What is wider than its place: a page, a table, the text of a button.
+WIDE = """return [document.documentElement, ...document.querySelectorAll(
+    ".scroll, .btn, #top nav")].filter((node) => node.checkVisibility()
+    && node.scrollWidth > node.clientWidth + 1).map((node) =>
+    node.outerHTML.slice(0, 90))"""
+
+
+@pytest.mark.parametrize("width", [320, 390, 820, 900, 1024, 1440, 1920])
+def test_no_part_of_a_view_is_wider_than_its_place(page, stand_in, width):
+    world, found = stand_in.world, {}
     page.size(width, 800)
-    for path in ("jobs", f"run/{stand_in.world.colours}", "day", "search?q=a",
-                 f"job/{stand_in.world.every_type}/run", "audit", "check/new",
-                 "alerts", "hosts", "settings", "job/1"):
+    for path in ("jobs", f"run/{world.colours}", "day", "search?q=a",
+                 f"job/{world.every_type}/run", "audit", "check/new",
+                 "alerts", "hosts", "settings", "job/1",
+                 f"check/{next(iter(world.checks))}"):
         page.visit(path, "#main h1")
         page.wait("!document.querySelector('.waits')")
-        assert page.js("return document.documentElement.scrollWidth"
-                       ) <= width, path
+        wide = page.js(WIDE)
+        if wide:
+            found[path] = wide
+    page.size(1280, 900)
+    assert found == {}
+
+
+def test_every_view_and_the_zone_are_reached_on_a_phone(page):
+    page.size(390, 800)
+    page.press("More", "nav button")
+    page.press("Settings", "#menu button")
+    page.wait("location.hash === '#/settings'")
+    page.press("More", "nav button")
+    page.wait("document.querySelector('#menu select').checkVisibility()")
+    page.keys("Escape")
+    page.size(1280, 900)
 
 
 # --- output
@@ -1176,9 +1199,54 @@ def test_check_is_created_edited_paused_and_deleted(page, stand_in):
     page.wait("document.querySelector('.facts').textContent"
               ".includes('paused')")
     page.click(".actions .danger")
-    page.click(".actions .danger")
+    page.press("Delete Nightly <b>", "#menu button")
     page.wait("location.hash === '#/jobs'")
     assert made[0]["id"] not in checks
+
+
+def focus_of(page) -> str:
+    return page.js("return document.activeElement.getAttribute('aria-label')"
+                   " || document.activeElement.textContent")
+
+
+def test_deletion_asks_by_name_and_a_push_does_not_take_the_question_away(
+        page, stand_in):
+    world = stand_in.world
+    host = next(one for one in world.hosts.values() if one["name"] == "db1")
+    page.visit("hosts", "table")
+    page.js("[...document.querySelectorAll('tr')].find((row) => row.innerText"
+            ".includes('db1')).querySelector('.danger').click()")
+    question = "Forget db1 and its runs"
+    page.wait(f"document.activeElement.textContent === '{question}'")
+    page.js("document.querySelector('table').id = 'before'")
+    world.push(hosts=[{**host, "seen": world.now}])
+    page.wait("!document.querySelector('#before')")
+    assert focus_of(page) == question
+    page.keys("Escape")
+    page.wait("!document.querySelector('#menu:popover-open')")
+    assert host["id"] in world.hosts
+
+
+@pytest.mark.parametrize("path, css", [
+    ("by-hand", ".by-hand li:nth-child(4) .btn"),
+    ("hosts", "tr:nth-child(3) .btn"),
+    ("alerts", ".alerts li:nth-child(3) [aria-haspopup]"),
+    ("day", ".dayrow:nth-of-type(4) .bars")])
+def test_push_leaves_the_focus_on_the_same_control(page, path, css):
+    page.visit(path, css)
+    page.js("const node = document.querySelector(arguments[0]); node.focus();"
+            " node.id = 'before'", css)
+    focus = focus_of(page)
+    page.js("app.changed({ all: true })")
+    page.wait("!document.querySelector('#before')")
+    assert focus_of(page) == focus
+
+
+def test_open_menu_closes_when_the_address_changes(page, stand_in):
+    page.js("document.querySelector('.why [aria-haspopup]').click()")
+    page.wait("document.querySelector('#menu:popover-open')")
+    page.visit("hosts", "table")
+    page.wait("!document.querySelector('#menu:popover-open')")
 
 
 def snooze_first(page, line: str) -> str:
