@@ -1482,7 +1482,8 @@ def golden_file(name: str) -> Path:
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=support.root_only if name in ROOT_ONLY else ())
     for name in SCENARIOS])
-def test_output_equals_the_golden_file(name, servers, tmp_path):
+def test_output_equals_the_golden_file_of_its_scenario(
+        name, servers, tmp_path):
     tmp_path.chmod(0o755)
     path = golden_file(name)
     with contextlib.ExitStack() as exits:

@@ -893,7 +893,7 @@ def test_kill_asks_koid_to_stop_the_named_run(type_in, koid):
         assert koid.asked[-1] == ("kill", {"job": which})
 
 
-def test_status_without_problems_exits_with_0(type_in, koid):
+def test_status_without_problems_is_exit_status_0(type_in, koid):
     koid.text = "@daily backup\n"
     koid.last = {"backup": a_run()}
     koid.state.update(next=1e9, running=[a_run(8, state="running")])
@@ -917,7 +917,7 @@ next      2001-09-09T01:46:40+00:00
     (a_run(9, state="missed"), "failed    backup: missed at"),
     (a_run(9, state="interrupted"), "failed    backup: interrupted at"),
     (a_run(9, exit=None, signal=9), "failed    backup: killed by signal 9")])
-def test_status_with_a_problem_exits_with_1(type_in, koid, what, said):
+def test_status_with_a_problem_is_exit_status_1(type_in, koid, what, said):
     koid.text = "@daily backup\n"
     if "run" in what:
         koid.last = {"backup": what}
@@ -1376,7 +1376,7 @@ def test_property_list_of_the_dashboard_has_its_arguments(
     (["history", "--json=x"], "--json: ignored explicit argument"),
     (["history", "-n"], "-n/--number: expected one argument"),
     (["next", "-n", "0"], "not a number")])
-def test_wrong_usage_of_koitabs_own_commands_exits_with_2(
+def test_wrong_usage_of_koitabs_commands_is_exit_status_2(
         type_in, koid, argv, said):
     done = type_in(*argv)
     assert (done.code, done.out, koid.asked) == (2, "", [])
@@ -1553,7 +1553,7 @@ def test_source_of_a_section_is_its_text(type_in):
     assert found.splitlines()[1].startswith("# Plan: what is due now?")
 
 
-def test_source_of_the_daemon_is_parts_1_and_2(type_in):
+def test_source_of_the_daemon_is_the_parts_values_and_koid(type_in):
     names = re.findall(r"^# (\w+): .*\?", type_in("source", "daemon").out,
                        re.M)
     listed = type_in("source").out.split("\n3 network")[0]

@@ -55,7 +55,8 @@ def parse(text: str):
 
 @pytest.mark.parametrize("spec, place, reference, starts",
                          vectors("fires.tsv"))
-def test_starts_equal_the_400_vectors(spec, place, reference, starts):
+def test_starts_equal_the_vectors_of_the_case_files(
+        spec, place, reference, starts):
     schedule, here, after = parse(spec), zone(place), at(reference)
     if starts == "never":       # within the three years that were searched
         assert (schedule.next(after, here) or koitab.FOREVER) \

@@ -319,7 +319,7 @@ def test_a_network_may_have_few_unproven_and_many_proven_connections():
     assert limits.has_room_for("a")
 
 
-def test_a_network_without_connections_is_forgotten():
+def test_network_without_connections_is_removed():
     limits = koitab.ConnectionLimits()
     for network in ("a", None):
         limits.add(network)

@@ -158,7 +158,7 @@ FILE_NAMES = {      # a playlist's name -> its file's name, as the original's
 }
 
 
-def test_a_file_is_named_by_id_and_the_plain_letters_of_the_name(
+def test_file_name_has_the_id_and_the_ascii_letters_of_the_name(
         account, spotify):
     for number, name in enumerate(FILE_NAMES):
         spotify.add(f"id{number}", name)

@@ -148,7 +148,7 @@ def test_help_lists_the_commands(words, typed):
 
 @pytest.mark.parametrize("words", [
     ["log", "--help"], ["log", "-h"], ["log", "a", "b", "--help"]])
-def test_help_of_a_command_has_its_usage_and_its_options_alone(words, typed):
+def test_help_of_a_command_has_its_usage_and_only_its_options(words, typed):
     status, out, err = typed(*words)
     assert (status, err) == (0, "")
     assert out.splitlines()[2] == "Usage: mission log [RUN] [OPTION]..."

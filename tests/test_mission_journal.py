@@ -284,7 +284,7 @@ def other_run(journal) -> subprocess.Popen:
     return process
 
 
-def test_a_second_run_reports_who_holds_the_lock(journal):
+def test_busy_lock_is_reported_with_the_process_that_holds_it(journal):
     journal.clock = mission.Clock()
     with support.stopping(other_run(journal)) as process:
         with pytest.raises(mission.Error) as caught:

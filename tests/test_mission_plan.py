@@ -83,7 +83,7 @@ def test_all_chowns_come_before_all_commits():
     assert plan[2:6] == ["chown:b", "chown:x", "commit:b", "commit:x"]
 
 
-def test_a_run_of_post_tasks_alone_neither_chowns_nor_commits():
+def test_run_of_only_post_tasks_neither_chowns_nor_commits():
     both = config(task("a"), task("z", post=True), storage=["sync"])
     assert words(mission.plan(both, ["z"], False)) == [
         "start", "task:z", "finish", "summary", "keep_records"]

@@ -188,7 +188,7 @@ def test_half_closed_client_is_still_answered(server):
         assert client.is_closed()
 
 
-def test_100_continue_is_sent_when_expected(server):
+def test_continue_response_is_sent_when_expected(server):
     with server.client() as client:
         client.send(encode_request(server.port, "POST", f"/ping/{server.uuid}",
                                    None,
@@ -278,7 +278,7 @@ ProxyPass / http://127.0.0.1:{target}/
 """
 
 
-def test_a_body_of_8_mb_gets_413_through_apache(server, tmp_path):
+def test_oversized_body_gets_status_413_through_apache(server, tmp_path):
     support.need("apache2")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -313,7 +313,8 @@ def test_a_get_with_a_body_is_refused(server):
     b"GET / HTTP/0.9\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\0", b"\r\n\r\n",
     b"GET / HTTP/1.1\n\n", b"HELP\n", b"GET http://evil/ HTTP/1.1\r\n\r\n"
     b"Host: localhost\r\n\r\n"])
-def test_bytes_that_are_not_http_get_400_without_a_timeout(server, data):
+def test_bytes_that_are_not_http_get_status_400_without_a_timeout(
+        server, data):
     with server.client() as client:
         if data == b"GET /\r\n":        # half a head: more may come
             data += b"\r\n"
@@ -348,7 +349,7 @@ def test_a_head_has_limits(server):
     ("/api/v1/snooze", 2**16, OPERATOR_TOKEN), ("/api/v1/requests", 2**20,
                                                 OPERATOR_TOKEN),
     ("/api/v1/sync", 2**23, HOST_TOKEN), ("/ping/UUID", 2**20, "")])
-def test_a_body_over_its_limit_gets_413(server, path, most, token):
+def test_body_over_its_limit_gets_status_413(server, path, most, token):
     path = path.replace("UUID", server.uuid)
     reply = server.ask("POST", path, b"x" * (most + 1), token,
                        Content_Type="application/json")
@@ -399,8 +400,8 @@ def test_a_body_that_is_not_json_is_refused(server, headers, status):
 @pytest.mark.parametrize("method, path, allowed", [
     ("POST", "/", "GET"), ("PUT", "/api/v1/checks", "POST"),
     ("GET", "/api/v1/sync", "POST"), ("DELETE", "/healthz", "GET")])
-def test_a_wrong_method_gets_405_with_the_allowed_ones(server, method, path,
-                                                       allowed):
+def test_wrong_method_gets_status_405_with_the_allowed_methods(
+        server, method, path, allowed):
     reply = server.ask(method, path, token=OPERATOR_TOKEN)
     assert (reply.status, reply.headers["allow"]) == (405, allowed)
 
@@ -752,7 +753,7 @@ def test_newer_poll_of_a_host_ends_the_older_one(server):
         assert new.reply().json["requests"]
 
 
-def test_the_poll_of_a_removed_host_gets_401(server):
+def test_poll_of_a_removed_host_gets_status_401(server):
     server.register_host("77" * 16, "88" * 32)
     with server.client() as host:
         host.ask("POST", "/api/v1/sync", sync_payload("77" * 16),
@@ -1230,7 +1231,7 @@ def test_silent_tls_clients_do_not_delay_other_clients(tmp_path, made, trust):
         found.assert_no_bugs()
 
 
-def test_a_client_that_sends_too_slowly_gets_408(tmp_path):
+def test_client_that_sends_too_slowly_gets_status_408(tmp_path):
     patch = "k.HEAD_TIME = k.BODY_TIME = 0.3"
     with DashboardProcess(tmp_path, patch=patch) as found:
         for data in (b"GET / HTTP/1.1\r\nX: ", encode_request(
@@ -1430,7 +1431,7 @@ k.MOST_READS = 6
 """
 
 
-def test_too_many_concurrent_queries_get_503(tmp_path):
+def test_too_many_concurrent_queries_get_status_503(tmp_path):
     gate = tmp_path / "gate"
     with contextlib.ExitStack() as stack, DashboardProcess(
             tmp_path, patch=SLOW.format(gate=str(gate))) as found:
@@ -1447,8 +1448,7 @@ def test_too_many_concurrent_queries_get_503(tmp_path):
         assert statuses == [200] * 6 + [503] * 4
 
 
-def test_an_internal_error_is_logged_in_one_line_and_answered_with_500(
-        tmp_path):
+def test_internal_error_is_logged_in_one_line_and_gets_status_500(tmp_path):
     patch = "k.Dashboard.state = lambda *values: 1 / 0"
     with DashboardProcess(tmp_path, patch=patch) as found:
         found.set_up()
@@ -1510,7 +1510,7 @@ k.HttpServer.serve = serve
 
 
 @support.root_only
-def test_a_full_disk_gets_503_for_pings_and_reads_continue(tmp_path):
+def test_pings_on_a_full_disk_get_status_503_and_reads_continue(tmp_path):
     support.need("unshare")
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -1584,7 +1584,7 @@ def test_https_needs_tls_1_2_and_reads_its_certificate_again(tmp_path, made,
         found.assert_no_bugs()
 
 
-def test_a_tls_connection_takes_less_than_120_kb(tmp_path, made, trust):
+def test_tls_connection_takes_little_memory(tmp_path, made, trust):
     with DashboardProcess(tmp_path, "--cert", made.cert, "--key", made.key,
                           tls=trust) as found, contextlib.ExitStack() as stack:
         for _ in range(10):

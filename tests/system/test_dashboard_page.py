@@ -516,7 +516,7 @@ def test_day_begins_with_counts_that_filter_and_shows_problems_first(
 # --- keyboard
 
 
-def test_views_are_reached_by_keyboard_alone(page, stand_in):
+def test_every_view_is_reached_by_keyboard(page, stand_in):
     page.find(".row")
     page.keys("j", "j", "j", "k")       # the first is a host
     name = page.js("return document.activeElement.textContent")
@@ -879,7 +879,7 @@ def test_empty_output_says_that_nothing_was_printed(page, stand_in):
     assert "printed nothing" in page.text(".nothing")
 
 
-def test_largest_output_is_shown_whole_with_few_elements(page, stand_in):
+def test_largest_output_is_shown_completely_with_few_elements(page, stand_in):
     lines = 4 * 2**20 // 100
     before = page.cpu_seconds()
     page.visit(f"run/{stand_in.world.big}", ".line")
@@ -1308,8 +1308,8 @@ def test_alert_names_its_job_once_with_last_line_and_output(page, stand_in):
     ("2026-11-25T23:30", "Snooze until tomorrow", "2026-11-26T08:00"),
     ("2026-11-29T10:00", "Snooze until tomorrow", "2026-11-30T08:00"),
     ("2026-11-30T00:10", "Snooze until Monday", "2026-12-07T08:00")])
-def test_morning_of_a_snooze_is_at_8_in_the_shown_zone(page, today, words,
-                                                       until):
+def test_snooze_until_morning_ends_at_8_h_in_the_shown_zone(
+        page, today, words, until):
     """On a Sunday, tomorrow is Monday, so that the menu has one of them."""
     chosen = page.js("""
         const [today, words] = arguments, kept = clockOffset, sent = [];

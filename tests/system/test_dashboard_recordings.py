@@ -277,7 +277,7 @@ def test_directory_below_one_of_another_user_is_not_trusted(place, listening):
 @pytest.mark.parametrize("listens_as, owner, found", [
     (0, 0, True), (0, MALLORY_UID, True), (MALLORY_UID, MALLORY_UID, True),
     (MALLORY_UID, 0, False), (MALLORY_UID, MALLORY_UID + 1, False)])
-def test_socket_must_belong_to_root_or_to_the_owner_of_its_directory(
+def test_socket_not_owned_by_root_or_the_owner_of_its_directory_is_refused(
         place, listens_as, owner, found):
     directory = os.path.join(place.path, "run")
     os.mkdir(directory)

@@ -121,7 +121,7 @@ def status_of(pid: int, *names: str) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [(), ("--container",)])
-def test_new_alone_starts_a_dashboard_and_connects_koid(host, options):
+def test_new_without_a_url_starts_a_dashboard_and_connects_koid(host, options):
     host.start(*options)
     host.new()
     wait_until(lambda: host.koitab("-d", "show").code == 0, 30,

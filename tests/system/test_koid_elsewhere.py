@@ -170,7 +170,7 @@ def test_changed_boot_id_does_not_end_a_job(koi):
     assert koi.end_of(run)["signal"] == signal.SIGTERM
 
 
-def test_the_socket_of_roots_koid_is_below_var_run(koi):
+def test_socket_of_the_koid_of_root_is_below_var_run(koi):
     del koi.env["KOI_HOME"]
     koi.home = koi.var / "lib/koi"
     koi.spawn("--system")
@@ -180,7 +180,7 @@ def test_the_socket_of_roots_koid_is_below_var_run(koi):
     assert (koi.var / "run/crond.reboot").exists()
 
 
-def test_a_user_with_more_than_16_groups_runs_jobs(koi):
+def test_jobs_of_a_user_with_more_than_sixteen_groups_run(koi):
     """The user's own group is among those that are left."""
     koi.place.home[ALICE].chmod(0o755)
     koi.tab('"it" @manual id -u; id -g\n', ALICE)

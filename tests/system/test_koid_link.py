@@ -589,7 +589,8 @@ def test_agent_is_a_fresh_process_that_has_no_rights(linked, dashboard):
 
 
 @support.root_only
-def test_host_key_is_in_koids_memory_and_not_in_the_agents(linked, dashboard):
+def test_host_key_is_in_the_memory_of_koid_and_not_of_the_agent(
+        linked, dashboard):
     """A fork of koid's would have both, and koid's code."""
     support.need_capability("CAP_SYS_PTRACE")
     dashboard.specs()

@@ -97,7 +97,7 @@ def test_the_dashboard_is_called_koi_dashboard(tmp_path):
 
 # --- process 1 --------------------------------------------------------------
 
-def test_koid_as_process_1_reaps_an_orphan_at_once(container):
+def test_koid_as_the_init_process_reaps_an_orphan_at_once(container):
     """When no run ends, no client asks, and nothing is scheduled."""
     fifo = container.folder / "fifo"
     os.mkfifo(fifo)

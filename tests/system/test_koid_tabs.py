@@ -123,7 +123,7 @@ def test_run_in_the_overlap_queue_is_dropped_with_its_job(koi, gate, after,
 DELAYED = 'RANDOM_DELAY=1440\n"it" 30 10 * * * echo {}\n'
 
 
-def test_start_of_the_minute_of_koids_start_is_delayed(koi, clock):
+def test_start_due_in_the_minute_in_which_koid_starts_is_delayed(koi, clock):
     koi.tab(DELAYED.format("x"))
     clock.start(EDGE - 60)
     clock.seen()

@@ -1666,7 +1666,7 @@ def test_status_reports_a_second_koid_of_the_user(town):
 # --- beside cron: one of them runs
 
 
-def test_cron_refuses_to_start_beside_koid(system):
+def test_cron_refuses_to_start_while_koid_serves_its_tabs(system):
     system.start("--system")
     assert system.cron_pid() == str(system.daemon.pid)
     assert support.mode(system.root / "run/crond.pid") == 0o644
@@ -1676,7 +1676,7 @@ def test_cron_refuses_to_start_beside_koid(system):
     assert system.ask("status")["system"] is True
 
 
-def test_koid_refuses_to_serve_crons_tabs_beside_cron(system):
+def test_koid_refuses_to_serve_the_tabs_of_cron_while_cron_is_running(system):
     cron = system.cron()
     support.wait_until(system.cron_pid, 10, "cron")
     with pytest.raises(pytest.fail.Exception):

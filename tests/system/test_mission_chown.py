@@ -80,7 +80,7 @@ def backup(alice, host, name: str = "backup", **options) -> Path:
 # What is given over ----------------------------------------------------------
 
 
-def test_everything_plain_is_given_over_and_counted(tree):
+def test_regular_files_and_directories_are_chowned_and_counted(tree):
     (tree / "folder").mkdir()
     (tree / "folder" / "file").touch()
     done = chown_tree(tree)
@@ -111,7 +111,7 @@ def test_a_symbolic_link_is_not_followed(tree, victim):
     assert support.owner(tree / "link") == ALICE
 
 
-def test_a_link_that_leads_nowhere_stops_nothing(tree):
+def test_dangling_symbolic_link_stops_no_chown(tree):
     for name in "abc":
         (tree / name).symlink_to("/nonexistent")
         (tree / (name + "x")).touch()
@@ -162,20 +162,20 @@ SWAPS = [("links", attack.walk_by_paths), ("inner", attack.walk_by_paths),
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in SWAPS])
-def test_no_swap_during_the_walk_leads_out_of_the_tree(arena, kind):
+def test_swapped_directory_does_not_lead_out_of_the_tree(arena, kind):
     rig = attack.Race(arena, kind)
     passes, stolen = race(rig, chown_tree)
     assert stolen == 0 and passes > 10
 
 
 @pytest.mark.parametrize("kind, careless", SWAPS)
-def test_a_careless_walk_loses_the_race_of_the_swap(arena, kind, careless):
+def test_naive_walk_loses_the_race_against_swaps(arena, kind, careless):
     _, stolen = race(attack.Race(arena, kind), careless, 60)
     assert stolen > 0
 
 
 @pytest.mark.parametrize("kind", attack.Names.KINDS)
-def test_a_name_is_changed_only_where_nobody_can_swap_it(arena, kind):
+def test_file_is_chowned_by_name_only_where_no_user_can_swap_it(arena, kind):
     rig = attack.Names(arena, kind)
 
     def walk(tree, uid, gid):
@@ -187,8 +187,8 @@ def test_a_name_is_changed_only_where_nobody_can_swap_it(arena, kind):
 
 
 @pytest.mark.parametrize("kind", attack.Names.KINDS)
-def test_a_walk_that_changes_any_name_loses_that_race(arena, kind,
-                                                      monkeypatch):
+def test_walk_that_chowns_by_name_anywhere_loses_the_race(
+        arena, kind, monkeypatch):
     mission = support.load("mission")
     monkeypatch.setattr(mission, "is_roots_alone", lambda _fd: True)
     rig = attack.Names(arena, kind)
@@ -202,23 +202,23 @@ def test_a_walk_that_changes_any_name_loses_that_race(arena, kind,
 
 
 @pytest.mark.parametrize("kind", ["link", "folder"])
-def test_a_link_that_is_moved_about_is_not_counted_twice(arena, kind):
+def test_hard_link_moved_during_the_walk_is_not_counted_twice(arena, kind):
     passes, stolen = race(attack.Links(arena, kind), chown_tree)
     assert stolen == 0 and passes > 3
 
 
 @pytest.mark.parametrize("kind", ["link", "folder"])
-def test_a_walk_that_counts_names_loses_the_race_of_hard_links(arena, kind):
+def test_walk_that_counts_names_loses_the_race_against_hard_links(arena, kind):
     _, stolen = race(attack.Links(arena, kind), attack.counting_walk, 60)
     assert stolen > 0
 
 
-def test_a_fifo_swapped_in_for_a_folder_does_not_hang_the_walk(arena):
+def test_fifo_swapped_for_a_directory_does_not_block_the_walk(arena):
     passes, _ = race(attack.Race(arena, "fifo"), chown_tree)
     assert passes > 10
 
 
-def test_os_fwalk_hangs_or_fails_at_a_swapped_fifo(arena):
+def test_os_fwalk_blocks_or_fails_at_a_swapped_fifo(arena):
     with pytest.raises((Hung, NotADirectoryError, FileNotFoundError)):
         rig = attack.Race(arena, "fifo")
         with rig.attacker():
@@ -227,7 +227,7 @@ def test_os_fwalk_hangs_or_fails_at_a_swapped_fifo(arena):
                     attack.walk_of_the_library(rig.tree, ALICE, ALICE)
 
 
-def test_a_parent_that_is_swapped_is_refused_or_not_followed(arena):
+def test_swapped_parent_directory_is_refused_or_not_followed(arena):
     rig = attack.Race(arena, "links")
     top = rig.tree / "d" / "e"
 
@@ -242,7 +242,7 @@ def test_a_parent_that_is_swapped_is_refused_or_not_followed(arena):
 # Hard links, special files, privileges ---------------------------------------
 
 
-def test_a_file_with_a_name_outside_is_left_alone_and_named(tree, victim):
+def test_file_with_a_hard_link_outside_is_skipped_and_named(tree, victim):
     os.link(victim, tree / "hard")
     done = chown_tree(tree)
     assert untouched(victim)
@@ -250,7 +250,7 @@ def test_a_file_with_a_name_outside_is_left_alone_and_named(tree, victim):
     assert "hard" in named(done) and "link" in named(done)
 
 
-def test_a_file_whose_names_are_all_in_the_tree_is_given_over(tree):
+def test_file_with_all_hard_links_in_the_tree_is_chowned(tree):
     (tree / "deep").mkdir()
     os.link(tree / "plain", tree / "second")
     os.link(tree / "plain", tree / "deep" / "third")
@@ -259,7 +259,7 @@ def test_a_file_whose_names_are_all_in_the_tree_is_given_over(tree):
     assert done.left == []
 
 
-def test_a_snapshot_of_hard_links_just_made_is_given_over(alice, host):
+def test_new_snapshot_of_hard_links_is_chowned(alice, host):
     """As `cp -al` or `rsync --link-dest` make them, moments ago."""
     folder = backup(alice, host)
     alice.task("one", 'cd "$SYNC_DIR"; mkdir today\n'
@@ -269,8 +269,7 @@ def test_a_snapshot_of_hard_links_just_made_is_given_over(alice, host):
     assert {support.owner(path) for path in folder.rglob("*")} == {ALICE}
 
 
-def test_a_hard_link_left_alone_makes_the_run_fail(alice, host,
-                                                             victim):
+def test_skipped_hard_link_fails_the_run(alice, host, victim):
     folder = backup(alice, host)
     os.link(victim, folder / "hard")
     alice.task("one", 'echo x > "$SYNC_DIR/new"')
@@ -281,7 +280,7 @@ def test_a_hard_link_left_alone_makes_the_run_fail(alice, host,
     assert support.owner(folder / "new") == ALICE
 
 
-def test_fifos_and_sockets_do_not_hold_the_walk(tree):
+def test_fifos_and_sockets_do_not_block_the_walk(tree):
     import socket
     os.mkfifo(tree / "fifo")
     with socket.socket(socket.AF_UNIX) as server:
@@ -293,7 +292,7 @@ def test_fifos_and_sockets_do_not_hold_the_walk(tree):
 
 @pytest.mark.parametrize("kind, number", [
     (stat.S_IFBLK, (7, 0)), (stat.S_IFCHR, (1, 3))], ids=["block", "char"])
-def test_a_device_is_never_given_away_and_is_named(tree, kind, number):
+def test_device_is_never_chowned_and_is_named(tree, kind, number):
     os.mknod(tree / "disk", kind | 0o660, os.makedev(*number))
     done = chown_tree(tree)
     assert support.owner(tree / "disk") == 0
@@ -304,7 +303,7 @@ def test_a_device_is_never_given_away_and_is_named(tree, kind, number):
 
 @pytest.mark.parametrize("mode", [
     0o4755, 0o2755, 0o6755, 0o4644, 0o2644, 0o6600], ids=oct)
-def test_setuid_and_setgid_bits_do_not_survive(tree, mode):
+def test_setuid_and_setgid_bits_are_removed(tree, mode):
     program = tree / "program"
     program.write_text("x")
     program.chmod(mode)
@@ -313,7 +312,7 @@ def test_setuid_and_setgid_bits_do_not_survive(tree, mode):
     assert support.mode(program) == mode & 0o777
 
 
-def test_a_setgid_file_that_is_already_the_users_loses_it_too(tree):
+def test_setgid_bit_is_removed_if_only_the_group_changes(tree):
     """Owner alice, group root: only the group changes hands."""
     program = tree / "program"
     program.write_text("x")
@@ -324,7 +323,7 @@ def test_a_setgid_file_that_is_already_the_users_loses_it_too(tree):
     assert support.mode(program) == 0o644
 
 
-def test_file_capabilities_do_not_survive(tree):
+def test_file_capabilities_are_removed(tree):
     support.need("setcap", "getcap")
     program = tree / "program"
     program.write_text("x")
@@ -373,8 +372,8 @@ def test_a_mount_inside_the_tree_is_not_entered(alice, host, victim, kind):
 # Where the tree is -----------------------------------------------------------
 
 
-def test_a_storage_behind_a_link_of_the_users_is_refused(alice, host,
-                                                            victim):
+def test_storage_behind_a_symbolic_link_of_the_user_is_refused(
+        alice, host, victim):
     victims = victim.parent / "victims"
     victims.mkdir()
     (victims / "file").write_text("secret")
@@ -407,7 +406,7 @@ def test_a_storage_turned_into_a_link_during_the_run_is_refused(
     assert str(top) in alice.log()
 
 
-def test_a_storage_behind_a_link_of_roots_is_fine(alice, host):
+def test_storage_behind_a_symbolic_link_of_root_is_chowned(alice, host):
     folder = backup(alice, host)
     link = alice.folder / "link"
     link.symlink_to(folder)
@@ -424,7 +423,7 @@ def test_a_storage_behind_a_link_of_roots_is_fine(alice, host):
     "/home", "/root", "/var", "/var/lib", "/tmp", "/bin", "/dev",
     "LINK TO /etc", "LINK TO /", "LINK TO THE FOLDER OF ALL",
     "FOLDER OF ALL", "HOME OF MALLORY"])
-def test_folders_of_the_system_are_never_given_away(alice, host, path):
+def test_system_directories_are_never_chowned(alice, host, path):
     """FOLDER OF ALL holds the configuration and the tasks."""
     words = {"FOLDER OF ALL": alice.folder, "HOME OF MALLORY":
              host.home["mallory"]}
@@ -441,7 +440,7 @@ def test_folders_of_the_system_are_never_given_away(alice, host, path):
 
 
 @pytest.mark.parametrize("depth", ["x", "sub/x"])
-def test_a_folder_with_a_third_users_files_is_refused(alice, host, depth):
+def test_directory_with_files_of_a_third_user_is_refused(alice, host, depth):
     folder = backup(alice, host)
     path = folder / depth
     path.parent.mkdir(exist_ok=True)
@@ -469,7 +468,7 @@ def dig(top: Path, levels: int) -> None:
 
 
 @pytest.mark.parametrize("levels", [400, 600, 5000])
-def test_a_deep_tree_is_walked_or_named_and_stops_nothing(tree, levels):
+def test_deep_tree_is_walked_or_named_without_an_exception(tree, levels):
     for name in ("aside", "beside", "zide"):
         (tree / name).mkdir()
         (tree / name / "file").touch()

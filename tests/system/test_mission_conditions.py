@@ -8,7 +8,7 @@ import json
 import pytest
 
 
-def test_defaults_are_the_values_of_tasks_without_their_own(scratch):
+def test_defaults_apply_to_tasks_without_their_own_values(scratch):
     scratch.config["defaults"] = {"timeout": "2h", "retries": 2, "nice": 5,
                                   "retryDelay": "1s", "env": {"A": "default"}}
     scratch.task("plain", "true")
@@ -84,7 +84,7 @@ def test_mounted_storage_must_be_a_mount_point_for_every_task(scratch):
 
 
 @pytest.mark.root_only
-def test_mounted_storage_is_used_once_a_task_has_mounted_it(host, alice):
+def test_storage_mounted_by_a_task_is_used_by_later_tasks(host, alice):
     out = alice.storage("disk", mounted=True, chown=True)
     alice.task("mount", f"mount -t tmpfs -o mode=755 tmpfs {out}",
                storages=[])

@@ -158,8 +158,8 @@ def test_a_failed_run_says_failure_in_its_subject(scratch, sink):
     ({"on": "never"},                  "false", []),
     ({"enabled": False},               "false", []),
 ])
-def test_mail_on_and_mail_start_choose_the_mails(scratch, sink, mail, script,
-                                                 sent):
+def test_mail_on_and_mail_start_decide_which_mails_are_sent(
+        scratch, sink, mail, script, sent):
     by_smtp(scratch, sink)
     scratch.config["mail"].update(mail)
     scratch.task("one", script)
@@ -172,7 +172,7 @@ def test_mail_on_and_mail_start_choose_the_mails(scratch, sink, mail, script,
 
 @pytest.mark.parametrize("args", [["run"], ["run", "--headless", "--dry-run"],
                                   ["check"]])
-def test_only_a_headless_run_delivers(scratch, sink, web, args):
+def test_only_a_headless_run_sends_mail_and_pings(scratch, sink, web, args):
     by_smtp(scratch, sink)
     pinging(scratch, web.url, start=True, fail=True, log=True)
     scratch.task("one", "exit 3")
@@ -208,7 +208,7 @@ HOSTILE_LINES = {      # for printf '%b'
 }
 
 
-def test_no_line_of_a_task_can_harm_the_mail(scratch, sink):
+def test_task_output_cannot_break_the_mail(scratch, sink):
     by_smtp(scratch, sink)
     scratch.task("one", "\n".join(
         f"echo before {name}; printf '%b\\n' '{line}'; echo after {name}"
@@ -231,7 +231,8 @@ def test_no_line_of_a_task_can_harm_the_mail(scratch, sink):
     while [ $i -lt 20000 ]; do i=$((i+1))
         echo "line $i of many, many lines"; done""",
 ], ids=["fast", "slow"])
-def test_a_long_log_loses_its_middle_and_says_how_much(scratch, sink, script):
+def test_middle_of_a_long_log_is_cut_and_its_size_is_stated(
+        scratch, sink, script):
     by_smtp(scratch, sink)
     scratch.task("one", script)
     assert scratch.headless().code == 0
@@ -246,7 +247,7 @@ def test_a_long_log_loses_its_middle_and_says_how_much(scratch, sink, script):
     assert str(first - last - 1) in mark.replace(",", "")
 
 
-def test_a_huge_line_does_not_swell_the_mail(scratch, sink):
+def test_huge_line_does_not_exceed_the_size_of_the_mail(scratch, sink):
     by_smtp(scratch, sink)
     scratch.task("one", "echo before; head -c 3000000 /dev/zero "
                         "| tr '\\0' x; echo; echo after")
@@ -277,7 +278,7 @@ def after_headers(text: str) -> list[str]:
     ([r"\bpass=[[:alnum:]]+"], "x pass=abc", ["x", "<<1 lines filtered>>"]),
     (["(?i)KEY"], "x mykey", ["x", "<<1 lines filtered>>"]),
 ])
-def test_filters_match_the_bare_line_and_are_counted_in_its_place(
+def test_filtered_lines_are_counted_in_their_place_in_the_mail(
         scratch, sink, filters, said, mailed):
     by_smtp(scratch, sink)
     scratch.config["filters"] = filters
@@ -294,7 +295,7 @@ def test_filters_match_the_bare_line_and_are_counted_in_its_place(
     assert after_headers(scratch.log())[:len(said.split())] == said.split()
 
 
-def test_a_filter_judges_the_whole_line_before_it_is_cut(scratch, sink):
+def test_filter_matches_the_whole_line_before_it_is_cut(scratch, sink):
     by_smtp(scratch, sink)
     scratch.config["filters"] = ["password=.*hidden$"]
     scratch.task("one", "printf 'password=top'; head -c 300000 /dev/zero "
@@ -340,7 +341,7 @@ def test_many_hostile_lines_are_withheld_within_seconds(scratch, sink):
     assert scratch.log().count(BOMB) == 300
 
 
-def test_redactions_reach_mail_log_and_ping(scratch, sink, web):
+def test_redactions_apply_to_mail_log_and_ping(scratch, sink, web):
     by_smtp(scratch, sink)
     pinging(scratch, web.url, log=True)
     scratch.config["redact"] = [r"token=\w+"]
@@ -377,7 +378,7 @@ def config_error(scratch, capsys, path: str) -> str:
 
 
 @pytest.mark.parametrize("address", HOSTILE)
-def test_a_hostile_address_is_an_error(scratch, capsys, address):
+def test_hostile_mail_address_is_an_error(scratch, capsys, address):
     by_smtp(scratch, servers.Sink(port=1))
     scratch.config["user"]["email"] = address
     scratch.task("one", "true")
@@ -385,7 +386,7 @@ def test_a_hostile_address_is_an_error(scratch, capsys, address):
 
 
 @pytest.mark.parametrize("key", ["user.email", "mail.smtp.from"])
-def test_a_hostile_address_gets_no_mail_and_stops_no_task(
+def test_hostile_mail_address_gets_no_mail_and_stops_no_task(
         scratch, sink, key):
     by_smtp(scratch, sink)
     part = scratch.config["user"] if key == "user.email" \
@@ -403,7 +404,7 @@ def test_a_hostile_address_gets_no_mail_and_stops_no_task(
     "Zoë Ångström <nobody@mission.invalid>",
     "no.body+backup@mission.invalid", "root@localhost",
 ])
-def test_a_usual_address_is_taken(scratch, sink, address):
+def test_valid_mail_address_is_accepted(scratch, sink, address):
     by_smtp(scratch, sink)
     scratch.config["user"]["email"] = address
     scratch.task("one", "true")
@@ -459,8 +460,7 @@ class Named:
     "zoë =?UTF-8?Q?=0ABcc:_x?=".encode(), b"\xff\xfe", b"-oQ/tmp 50%s%d",
     b"a/../b?c#d&e=f", b"<x@y> [FAILURE]",
 ])
-def test_any_host_name_is_one_subject_and_one_part_of_a_url(
-        scratch, sink, web, name):
+def test_any_host_name_is_escaped_in_subject_and_url(scratch, sink, web, name):
     support.need("unshare")
     scratch.host = Named(name)
     by_smtp(scratch, sink)
@@ -507,8 +507,7 @@ def test_mail_goes_through_the_real_sendmail(scratch, sink):
     assert "] .\n" in finish.text and "] after\n" in finish.text
 
 
-def test_what_sendmail_could_not_pass_on_goes_out_with_the_next_run(
-        scratch):
+def test_mail_refused_by_sendmail_is_sent_with_the_next_run(scratch):
     port = servers.free_port()
     msmtp(scratch, port)
     scratch.config["mail"]["start"] = False
@@ -529,7 +528,7 @@ def test_what_sendmail_could_not_pass_on_goes_out_with_the_next_run(
     assert "] the first\n" in late.text and "] the second\n" in new.text
 
 
-def test_a_mail_refused_for_now_stays_in_the_outbox(scratch):
+def test_temporarily_refused_mail_stays_in_the_outbox(scratch):
     with servers.Sink() as sink:
         msmtp(scratch, sink.port)
         sink.answers["RCPT"] = "451 try again later"
@@ -550,7 +549,7 @@ def test_a_mail_refused_for_now_stays_in_the_outbox(scratch):
     "cat >/dev/null; exit 75", "exec <&-; exit 1", "kill -9 $$",
     "yes no | head -c 5000000 >&2; exit 68",
 ])
-def test_a_failing_sendmail_costs_no_mail(scratch, script):
+def test_failing_sendmail_loses_no_mail(scratch, script):
     """Case: also a mail larger than a pipe, to one that does not read."""
     by_sendmail(scratch)
     scratch.stand_in("sendmail", script)
@@ -566,7 +565,7 @@ def test_a_failing_sendmail_costs_no_mail(scratch, script):
     assert scratch.outbox() == []
 
 
-def test_a_sendmail_that_hangs_is_ended_and_costs_no_mail(scratch):
+def test_hanging_sendmail_is_killed_and_loses_no_mail(scratch):
     by_sendmail(scratch)
     scratch.stand_in("sendmail", f"echo $$ >>'{scratch.folder}/pids'\n"
                                  "exec sleep 300")
@@ -580,7 +579,7 @@ def test_a_sendmail_that_hangs_is_ended_and_costs_no_mail(scratch):
         assert not os.path.exists(f"/proc/{pid}")
 
 
-def test_a_mail_server_that_hangs_is_given_up(scratch, sink):
+def test_hanging_mail_server_ends_with_a_timeout(scratch, sink):
     sink.silent = True
     by_smtp(scratch, sink)
     scratch.patch(MAIL_SECONDS=1)
@@ -591,7 +590,7 @@ def test_a_mail_server_that_hangs_is_given_up(scratch, sink):
     assert len(scratch.outbox()) == 2
 
 
-def test_a_sendmail_that_took_half_and_said_yes_is_not_believed(scratch):
+def test_mail_that_sendmail_read_only_partly_stays_in_the_outbox(scratch):
     by_sendmail(scratch)
     scratch.stand_in("sendmail", "head -c 10 >/dev/null; exit 0")
     scratch.config["mail"]["start"] = False
@@ -600,7 +599,7 @@ def test_a_sendmail_that_took_half_and_said_yes_is_not_believed(scratch):
     assert len(scratch.outbox()) == 1
 
 
-def test_a_sendmail_removed_during_the_run_costs_no_mail(scratch):
+def test_sendmail_removed_during_the_run_loses_no_mail(scratch):
     by_sendmail(scratch)
     sendmail = scratch.stand_in("sendmail", "exec cat >/dev/null")
     scratch.task("one", f"echo '#!/no/such/interpreter' >'{sendmail}'")
@@ -654,7 +653,7 @@ def test_every_problem_is_in_the_log_and_one_line_is_on_stderr(scratch):
     assert scratch.history()[-1]["result"] == "undelivered"
 
 
-def test_a_failed_task_is_worse_than_a_mail_not_sent(scratch):
+def test_exit_status_of_a_failed_task_wins_over_an_unsent_mail(scratch):
     by_sendmail(scratch)
     scratch.stand_in("sendmail", "cat >/dev/null; exit 75")
     scratch.task("one", "exit 3")
@@ -734,8 +733,8 @@ def certificate_of(tmp_path_factory):
 
 @pytest.mark.parametrize("security", ["starttls", "tls"])
 @pytest.mark.parametrize("mistake", ["unknown", "expired", "other host"])
-def test_a_bad_certificate_is_refused(scratch, store, certificate_of,
-                                      security, mistake):
+def test_invalid_certificate_of_the_mail_server_is_refused(
+        scratch, store, certificate_of, security, mistake):
     certificate = certificate_of(mistake)
     trusted = {} if mistake == "unknown" else {"caFile": certificate.cert}
     with servers.Sink(security, certificate, ACCOUNT) as sink:
@@ -755,8 +754,7 @@ def test_a_bad_certificate_is_refused(scratch, store, certificate_of,
     ("offered, a lie", {"EHLO": "250-sink\r\n250-STARTTLS\r\n250 AUTH PLAIN",
                         "STARTTLS": "502 what"}),
 ])
-def test_without_starttls_nothing_is_sent(scratch, store, name,
-                                                      answers):
+def test_mail_is_not_sent_without_starttls(scratch, store, name, answers):
     with servers.Sink("none", account=ACCOUNT) as sink:
         sink.answers.update(answers)
         logging_in(scratch, store, sink, "starttls")
@@ -768,14 +766,14 @@ def test_without_starttls_nothing_is_sent(scratch, store, name,
     assert len(scratch.outbox()) == 2
 
 
-def test_a_plain_server_behind_the_tls_port_is_refused(scratch, sink):
+def test_server_without_tls_on_the_tls_port_is_refused(scratch, sink):
     by_smtp(scratch, sink, security="tls")
     scratch.task("one", "true")
     undelivered(scratch.headless())
     assert sink.letters == []
 
 
-def test_a_mail_waits_after_a_wrong_password_which_is_never_shown(
+def test_mail_waits_after_a_wrong_password_that_is_never_shown(
         scratch, store, tmp_path, certificate):
     with servers.Sink("tls", certificate, ("backup", "another")) as sink:
         logging_in(scratch, store, sink, "tls", caFile=certificate.cert)
@@ -794,7 +792,7 @@ def test_a_mail_waits_after_a_wrong_password_which_is_never_shown(
     "exit 1", "echo no >&2; exit 1", "exit 0", "echo",
     "head -c 100000 /dev/zero | tr '\\0' x",
 ])
-def test_without_a_password_the_mail_waits(scratch, sink, script):
+def test_mail_waits_if_the_password_is_missing(scratch, sink, script):
     by_smtp(scratch, sink, user="backup", passName="mail/backup")
     scratch.fake_pass(script)
     scratch.task("one", "true")
@@ -805,7 +803,7 @@ def test_without_a_password_the_mail_waits(scratch, sink, script):
     assert "denied" not in scratch.log()
 
 
-def test_the_first_line_alone_is_the_password(scratch):
+def test_password_is_the_first_line_of_the_output_of_pass(scratch):
     with servers.Sink(account=("backup", "geheim")) as sink:
         by_smtp(scratch, sink, user="backup", passName="mail/backup")
         scratch.fake_pass("printf '%s\\n' geheim 'url: x'")
@@ -819,7 +817,7 @@ def test_the_first_line_alone_is_the_password(scratch):
     ("MAIL", "550 not from you"), ("RCPT", "451 later"),
     ("DATA", "554 no\x1b[2J"),
 ])
-def test_a_mail_refused_for_good_stays_in_the_outbox(
+def test_permanently_refused_mail_stays_in_the_outbox(
         scratch, sink, verb, answer):
     sink.answers[verb] = answer
     if verb == "EHLO":
@@ -888,7 +886,7 @@ def test_refused_recipient_is_reported_and_the_others_get_the_mail(scratch,
     assert sink.sessions == 1 and scratch.outbox() == []
 
 
-def test_mail_waits_for_the_recipient_that_is_refused_for_now(scratch, sink):
+def test_mail_waits_for_a_temporarily_refused_recipient(scratch, sink):
     by_smtp(scratch, sink)
     to_both(scratch)
     sink.refuse(OTHER, "452 mailbox full")
@@ -956,7 +954,7 @@ def test_sendmail_is_called_for_each_recipient(scratch):
 
 @pytest.mark.parametrize("replies", [
     ["451 later", "250 ok"], ["421 busy", "450 greylisted", "250 ok"]])
-def test_mail_that_is_refused_for_now_is_sent_again(scratch, sink, replies):
+def test_temporarily_refused_mail_is_sent_again(scratch, sink, replies):
     by_smtp(scratch, sink)
     scratch.config["mail"]["start"] = False
     sink.answers["MAIL"] = list(replies)
@@ -970,7 +968,7 @@ def test_mail_that_is_refused_for_now_is_sent_again(scratch, sink, replies):
 
 @pytest.mark.parametrize("reply, sessions", [("451 later", 3),
                                              ("550 not from you", 1)])
-def test_a_mail_is_tried_three_times_unless_it_is_refused_for_good(
+def test_mail_is_tried_three_times_unless_it_is_refused_permanently(
         scratch, sink, reply, sessions):
     by_smtp(scratch, sink)
     scratch.config["mail"]["start"] = False
@@ -985,8 +983,8 @@ def test_a_mail_is_tried_three_times_unless_it_is_refused_for_good(
         "again\n")
 
 
-def test_the_tasks_do_not_wait_for_a_server_that_refuses_the_start(scratch,
-                                                                   sink):
+def test_tasks_do_not_wait_for_a_server_that_refuses_the_start_mail(
+        scratch, sink):
     by_smtp(scratch, sink)
     sink.answers["MAIL"] = "451 later"
     pipe = scratch.folder / "pipe"
@@ -1064,7 +1062,7 @@ def test_an_invalid_sender_sends_no_mail_and_stops_no_task(scratch, sink,
 # Pings
 # ==========================================================================
 
-def test_the_endpoint_is_requested_once_after_a_good_run(scratch, web):
+def test_endpoint_is_requested_once_after_a_successful_run(scratch, web):
     pinging(scratch, web.url + "?a=b")
     scratch.task("one", "true")
     result = scratch.headless()
@@ -1139,7 +1137,7 @@ def test_a_long_log_is_posted_from_its_end(scratch, web):
     ("/a#part",    "/a",         {}),
     ("/ż%20",      "/%C5%BC%20", {}),
 ])
-def test_percent_s_becomes_the_host_name_and_nothing_else_changes(
+def test_percent_s_in_a_url_becomes_the_host_name(
         scratch, web, endpoint, path, query):
     name = socket.gethostname()
     pinging(scratch, f"http://127.0.0.1:{web.port}{endpoint}")
@@ -1151,7 +1149,7 @@ def test_percent_s_becomes_the_host_name_and_nothing_else_changes(
         assert request.query[key] == value.replace("HOST", name)
 
 
-def test_the_kinds_come_before_the_query(scratch, web):
+def test_path_of_the_ping_kind_is_inserted_before_the_query(scratch, web):
     pinging(scratch, web.url + "/?create=1&x=%20", start=True, fail=True)
     scratch.task("one", "false")
     scratch.headless()
@@ -1169,7 +1167,7 @@ def test_the_kinds_come_before_the_query(scratch, web):
     ([401], 1, 74), ([304], None, 74), (["garbage"], 2, 74),
     (["huge head"], None, 74),
 ])
-def test_the_status_of_the_server_decides_whether_a_ping_succeeded(
+def test_http_status_decides_whether_a_ping_succeeded(
         scratch, answers, tries, code):
     with servers.Web(*answers) as web:
         scratch.patch(support.NO_PAUSES)
@@ -1184,7 +1182,7 @@ def test_the_status_of_the_server_decides_whether_a_ping_succeeded(
     assert tries in (len(web.requests), None)
 
 
-def test_a_refused_connection_is_tried_again(scratch):
+def test_refused_connection_is_retried(scratch):
     web = servers.Web(port=servers.free_port())
     pinging(scratch, web.url, retries=4, timeout="5s")
     scratch.task("one", "true")
@@ -1205,7 +1203,7 @@ def test_an_unreachable_monitor_is_a_delivery_failure(scratch):
 
 
 @pytest.mark.parametrize("mistake", ["hang", "drip head", "drip body"])
-def test_one_time_limit_holds_for_the_whole_request(scratch, mistake):
+def test_time_limit_applies_to_the_whole_request(scratch, mistake):
     with servers.Web(mistake) as web:
         pinging(scratch, web.url, timeout="1s", retries=1)
         scratch.task("one", "true")
@@ -1219,7 +1217,7 @@ def test_one_time_limit_holds_for_the_whole_request(scratch, mistake):
         undelivered(result)
 
 
-def test_a_tls_server_that_never_shakes_hands_is_given_up(scratch):
+def test_server_that_never_completes_the_tls_handshake_times_out(scratch):
     with servers.Sink() as silent:
         silent.silent = True
         pinging(scratch, f"https://127.0.0.1:{silent.port}/", timeout="1s",
@@ -1230,7 +1228,7 @@ def test_a_tls_server_that_never_shakes_hands_is_given_up(scratch):
         assert time.monotonic() - began < 8
 
 
-def test_a_huge_body_is_not_read(scratch):
+def test_huge_response_body_is_not_read_completely(scratch):
     with servers.Web("huge body") as web:
         pinging(scratch, web.url, retries=1)
         scratch.task("one", "true")
@@ -1244,7 +1242,7 @@ def test_a_huge_body_is_not_read(scratch):
     b"OK\nERROR: forged\n# Task: forged\n[0s        ] forged\r\n",
     "\x1b[2Ja\u2028b\u202ec".encode() + b"\xff", b"x" * 5000, b"",
 ])
-def test_the_answer_is_one_escaped_line_of_the_log(scratch, body):
+def test_response_is_logged_as_one_escaped_line(scratch, body):
     with servers.Web(body) as web:
         pinging(scratch, web.url)
         scratch.task("one", "true")
@@ -1282,7 +1280,7 @@ def test_a_redirect_to_http_is_followed(scratch, status, target):
 
 
 @pytest.mark.parametrize("count, code", [(3, 0), (4, 74), (99, 74)])
-def test_three_redirects_are_the_most(scratch, count, code):
+def test_fourth_redirect_is_refused(scratch, count, code):
     result, web = redirected(
         scratch, *[servers.Redirect(f"/{n}") for n in range(count)], 200)
     assert result.code == code, result
@@ -1293,7 +1291,7 @@ def test_three_redirects_are_the_most(scratch, count, code):
     "file:///etc/passwd", "ftp://127.0.0.1:1/x", "data:text/plain,OK",
     "http:///x", "http://127.0.0.1:99999/", "http://[::1", "",
 ])
-def test_a_redirect_elsewhere_is_refused(scratch, target):
+def test_redirect_to_another_scheme_is_refused(scratch, target):
     result, web = redirected(scratch, servers.Redirect(target))
     undelivered(result)
     assert len(web.requests) <= 4
@@ -1318,7 +1316,8 @@ def test_a_redirect_from_http_to_https_is_followed(scratch, certificate):
 
 
 @pytest.mark.parametrize("mistake", ["unknown", "expired", "other host", None])
-def test_tls_of_an_endpoint_is_verified(scratch, certificate_of, mistake):
+def test_certificate_of_an_endpoint_is_verified(
+        scratch, certificate_of, mistake):
     certificate = certificate_of(mistake)
     options = {} if mistake == "unknown" else {"caFile": certificate.cert}
     with servers.Web(certificate=certificate) as web:
@@ -1337,7 +1336,7 @@ def test_tls_of_an_endpoint_is_verified(scratch, certificate_of, mistake):
     "http://127.0.0.1:99999/", "http://127.0.0.1:x/", "http://[::1/",
     "http://@:/",
 ])
-def test_an_endpoint_is_http_or_https(scratch, capsys, endpoint):
+def test_endpoint_with_another_scheme_is_refused(scratch, capsys, endpoint):
     pinging(scratch, endpoint)
     scratch.task("one", "true")
     config_error(scratch, capsys, "ping.endpoint")
@@ -1364,7 +1363,7 @@ def test_a_failed_start_ping_does_not_stop_the_backup(scratch):
         assert web.asked()[0] == "GET /check/start"
 
 
-def test_a_failed_task_is_worse_than_a_ping_not_taken(scratch):
+def test_exit_status_of_a_failed_task_wins_over_a_failed_ping(scratch):
     with servers.Web(500) as web:
         pinging(scratch, web.url, fail=True, retries=1)
         scratch.task("one", "exit 3")
@@ -1373,7 +1372,7 @@ def test_a_failed_task_is_worse_than_a_ping_not_taken(scratch):
         assert web.asked() == ["GET /check/fail"]
 
 
-def test_no_success_is_pinged_after_a_mail_that_failed(scratch, web):
+def test_success_is_not_pinged_after_a_failed_mail(scratch, web):
     """`The ping goes out when the run would exit 0`: this one would not."""
     by_sendmail(scratch)
     scratch.stand_in("sendmail", "cat >/dev/null; exit 75")
@@ -1387,7 +1386,7 @@ def test_no_success_is_pinged_after_a_mail_that_failed(scratch, web):
 # Pings: of tasks, endpoints of their own, proxies, and what stays secret
 # ==========================================================================
 
-def test_each_task_pings_its_own_result(scratch, web):
+def test_each_task_with_a_ping_url_pings_its_result(scratch, web):
     base = f"http://127.0.0.1:{web.port}"
     pinging(scratch, web.url, fail=True)
     for slug, script, options in [
@@ -1409,14 +1408,14 @@ def test_each_task_pings_its_own_result(scratch, web):
     assert web.requests[1].query == {"key": socket.gethostname()}
 
 
-def test_a_task_is_pinged_without_a_monitor_of_the_run(scratch, web):
+def test_task_ping_is_sent_if_the_run_has_no_endpoint(scratch, web):
     scratch.task("one", "true", ping=web.url)
     assert scratch.mission("run").code == 0 and web.asked() == []
     assert scratch.headless().code == 0
     assert web.asked() == ["GET /check"]
 
 
-def test_a_failed_ping_of_a_task_holds_back_the_success_ping(scratch, web):
+def test_failed_task_ping_prevents_the_success_ping(scratch, web):
     with servers.Web(503) as broken:
         scratch.patch(support.NO_PAUSES)
         pinging(scratch, web.url, retries=2, fail=True)
@@ -1432,7 +1431,8 @@ def test_a_failed_ping_of_a_task_holds_back_the_success_ping(scratch, web):
     assert scratch.outcomes() == {"one": "ok", "two": "ok"}
 
 
-def test_an_invalid_url_of_a_task_is_a_delivery_problem(scratch, web, capsys):
+def test_invalid_ping_url_of_a_task_is_a_delivery_problem(
+        scratch, web, capsys):
     pinging(scratch, web.url)
     scratch.task("one", "true", ping="ftp://secret@x/")
     scratch.task("two", "true", ping=web.url + "/two")
@@ -1458,8 +1458,8 @@ def test_a_stopped_run_pings_the_failure_of_its_tasks(scratch, web):
 
 @pytest.mark.parametrize("script, last", [("true", "GET /check"),
                                           ("false", "GET /down")])
-def test_endpoints_of_their_own_are_used_as_written(scratch, web, script,
-                                                    last):
+def test_start_and_fail_endpoints_are_used_as_written(
+        scratch, web, script, last):
     base = f"http://127.0.0.1:{web.port}"
     pinging(scratch, web.url, startEndpoint=f"{base}/up?h=%s",
             failEndpoint=f"{base}/down?h=%s", log=True)
@@ -1474,7 +1474,7 @@ def test_endpoints_of_their_own_are_used_as_written(scratch, web, script,
 
 @pytest.mark.parametrize("key", ["endpoint", "startEndpoint", "failEndpoint",
                                  "proxy"])
-def test_an_invalid_url_of_the_monitor_stops_no_task(scratch, web, key):
+def test_invalid_ping_endpoint_stops_no_task(scratch, web, key):
     pinging(scratch, web.url, start=True, **{key: "nonsense"}) \
         if key != "endpoint" else pinging(scratch, "nonsense")
     scratch.task("one", "true")
@@ -1484,8 +1484,7 @@ def test_an_invalid_url_of_the_monitor_stops_no_task(scratch, web, key):
     assert scratch.outcomes() == {"one": "ok"}
 
 
-def test_user_and_password_of_a_url_log_in_and_are_nowhere_else(scratch,
-                                                                sink):
+def test_user_and_password_of_a_url_are_sent_and_never_shown(scratch, sink):
     by_smtp(scratch, sink)
     with servers.Web(403) as web:
         url = f"http://me:p%40ss-w0rd@127.0.0.1:{web.port}/token?key=token"
@@ -1507,7 +1506,7 @@ def test_user_and_password_of_a_url_log_in_and_are_nowhere_else(scratch,
         assert not re.search("w0rd|token|me:", text), text
 
 
-def test_a_redirect_keeps_the_password_for_the_same_server_alone(scratch):
+def test_password_is_sent_only_to_the_same_server_after_a_redirect(scratch):
     with servers.Web() as other, servers.Web() as web:
         web.answers = [servers.Redirect(f"http://127.0.0.1:{web.port}/a"),
                        servers.Redirect(f"http://127.0.0.1:{other.port}/b")]
@@ -1518,7 +1517,7 @@ def test_a_redirect_keeps_the_password_for_the_same_server_alone(scratch):
             web.requests + other.requests] == [True, True, False]
 
 
-def test_a_proxy_gets_the_request_and_its_own_password(scratch):
+def test_proxy_gets_the_request_and_its_password(scratch):
     with servers.Proxy() as proxy:
         pinging(scratch, "http://me:secret@hc.invalid:81/x?a=b",
                 proxy=f"http://you:hidden@127.0.0.1:{proxy.port}")
@@ -1533,7 +1532,7 @@ def test_a_proxy_gets_the_request_and_its_own_password(scratch):
         assert headers[name] == "Basic " + base64.b64encode(pair).decode()
 
 
-def test_a_proxy_passes_tls_on_and_sees_no_secret(scratch, certificate):
+def test_proxy_tunnels_tls_and_sees_no_secret(scratch, certificate):
     with servers.Proxy() as proxy, \
             servers.Web(certificate=certificate) as web:
         pinging(scratch, web.url.replace("//", "//me:secret@"),
@@ -1565,8 +1564,8 @@ def test_an_unreachable_proxy_is_named(scratch):
     ("garbage", "no complete HTTP response"),
     ("huge head", "no complete HTTP response"),
 ])
-def test_a_message_names_the_server_and_what_went_wrong(scratch, answer,
-                                                        words):
+def test_message_of_a_failed_ping_names_the_server_and_the_reason(
+        scratch, answer, words):
     with servers.Web(answer) as web:
         pinging(scratch, web.url + "/token", retries=1)
         scratch.task("one", "true")
@@ -1575,7 +1574,8 @@ def test_a_message_names_the_server_and_what_went_wrong(scratch, answer,
                           f"http://127.0.0.1:{web.port}/: {words}\n")
 
 
-def test_the_plan_names_mails_and_pings_and_why_they_cannot_be_sent(scratch):
+def test_dry_run_lists_mails_and_pings_with_the_reason_for_unsent_ones(
+        scratch):
     pinging(scratch, "https://hc.invalid/token/%s", fail=True,
             failEndpoint="https://down.invalid/token")
     scratch.config["user"]["email"] = [ADDRESS, OTHER]
@@ -1623,7 +1623,7 @@ def test_a_stopped_run_still_mails_and_pings_its_failure(scratch, sink, web,
     assert web.asked() == ["GET /check/start", "GET /check/fail"]
 
 
-def test_a_signal_during_the_delivery_ends_it(scratch):
+def test_signal_during_the_delivery_ends_the_delivery(scratch):
     """The endpoint hangs; nobody waits for it after SIGTERM."""
     with servers.Web("hang") as web:
         pinging(scratch, web.url, timeout="40s", retries=9)
@@ -1714,7 +1714,7 @@ def text_of(note: dict) -> str:
     return f"{note['summary']} {note['body']}"
 
 
-def test_quiet_shows_nothing(scratch, desk):
+def test_option_quiet_shows_no_desktop_notification(scratch, desk):
     with_bus(scratch, desk)
     scratch.task("one", "true")
     assert scratch.mission("-q", "run").code == 0
@@ -1766,8 +1766,8 @@ def test_notify_send_runs_as_the_user_with_a_clean_environment(scratch):
     "exit 1", "echo 'no bus' >&2; exit 1", "kill -9 $$",
     "head -c 1000000 /dev/zero; exit 3",
 ])
-def test_a_failed_notification_does_not_fail_a_good_backup(scratch, web,
-                                                            script):
+def test_failed_notification_does_not_fail_a_successful_backup(
+        scratch, web, script):
     asked = notify_send(scratch, script)
     pinging(scratch, web.url)
     scratch.task("one", "true")
@@ -1779,7 +1779,7 @@ def test_a_failed_notification_does_not_fail_a_good_backup(scratch, web,
     assert scratch.history()[-1]["result"] == "ok"
 
 
-def test_a_notification_that_hangs_is_given_up(scratch):
+def test_hanging_notify_send_ends_with_a_timeout(scratch):
     asked = notify_send(scratch, "exec sleep 300")
     scratch.patch(DESKTOP_SECONDS=1)
     scratch.task("one", "true")
@@ -1789,7 +1789,7 @@ def test_a_notification_that_hangs_is_given_up(scratch):
     assert result.code == 0 and asked.read_text().count("uid=") == 2, result
 
 
-def test_without_a_bus_there_is_a_line_in_the_log_and_exit_0(scratch):
+def test_missing_session_bus_is_a_line_in_the_log_and_exit_status_0(scratch):
     """The real notify-send, and a user who is not logged in."""
     support.need("notify-send")
     scratch.config["notify"] = {"enabled": True}

@@ -28,7 +28,8 @@ def scratch(request, tmp_path):
     return scratch
 
 
-def test_files_go_to_their_user_and_what_stays_has_its_reason(scratch):
+def test_files_are_chowned_and_skipped_ones_are_listed_with_the_reason(
+        scratch):
     store = scratch.storage("data", chown=True)
     scratch.task("it", f"cd {store}; echo 1 > plain; echo 2 > linked; "
                  "ln linked second; echo 3 > special; chmod 4755 special\n")
@@ -41,7 +42,7 @@ def test_files_go_to_their_user_and_what_stays_has_its_reason(scratch):
     assert "changed without its setuid and setgid bits" in done.out
 
 
-def test_a_task_and_a_commit_of_a_user_with_many_groups(scratch):
+def test_task_and_commit_of_a_user_with_many_groups_succeed(scratch):
     store = scratch.storage("data", chown=True, commit=True)
     support.init_repository(store)
     support.own(store, ALICE_UID)

@@ -93,7 +93,7 @@ def its_start(scratch) -> str:
 # Killed at any system call ---------------------------------------------------
 
 
-def test_a_run_killed_at_any_call_is_made_good_by_the_next(scratch):
+def test_run_after_one_killed_at_any_system_call_succeeds(scratch):
     support.need("strace")
     folder = tallying(scratch, "one", "two")
     silent(scratch.headless())
@@ -127,7 +127,7 @@ def test_a_run_killed_at_any_call_is_made_good_by_the_next(scratch):
     assert is_committed(folder)
 
 
-def test_the_rig_sees_a_naive_program_fail(tmp_path):
+def test_kill_sweep_detects_a_naive_program(tmp_path):
     # One that makes its lock by existence and writes its state in place.
     support.need("strace")
     naive = ("import os, sys\n"
@@ -230,8 +230,7 @@ def test_a_killed_run_is_reported_once_and_listed_as_lost(scratch):
     assert [run["result"] for run in scratch.history()].count("lost") == 1
 
 
-def test_a_task_that_outlived_its_runner_is_not_started_beside_itself(
-        scratch):
+def test_task_that_outlived_its_runner_is_not_started_again(scratch):
     pids = scratch.folder / "pids"
     scratch.task("slow", """
         exec 9> ../busy
@@ -258,8 +257,8 @@ def test_a_task_that_outlived_its_runner_is_not_started_beside_itself(
 @support.root_only
 @pytest.mark.parametrize("uid, starts", [(support.MALLORY_UID, True),
                                          (0, False)])
-def test_variables_of_another_users_process_stop_no_task(scratch, uid,
-                                                         starts):
+def test_variables_of_a_process_of_another_user_stop_no_task(
+        scratch, uid, starts):
     """The run's id is in its mails, and any user can set a variable."""
     pids, go = scratch.folder / "pids", scratch.tasks / "go"
     scratch.task("slow", '[ -e ../go ] || { echo $$ >> "$PIDS"; '
@@ -288,7 +287,7 @@ def test_variables_of_another_users_process_stop_no_task(scratch, uid,
     b'{"pid": "x", "id": [], "task": {"a": 1}, "started": null}',
     b"[" * 100000,
 ], ids=lambda state: repr(state[:12]))
-def test_a_damaged_record_of_the_running_run_stops_nothing(scratch, state):
+def test_damaged_record_of_the_current_run_stops_no_task(scratch, state):
     scratch.task("hello", "echo hello")
     silent(scratch.mission("run"))
     folder = next(scratch.state.iterdir())
@@ -306,8 +305,8 @@ def test_a_damaged_record_of_the_running_run_stops_nothing(scratch, state):
     b"null\n", b"\xff\n", b"[" * 100000 + b"\n", b'{"id": 1}\n',
     b'{"id": "x", "tasks": 3, "seconds": "long", "start": 1}\n',
 ], ids=lambda torn: repr(torn[:12]))
-def test_a_torn_last_line_of_the_history_costs_that_line_alone(scratch,
-                                                               torn):
+def test_incomplete_last_line_of_the_history_loses_only_that_line(
+        scratch, torn):
     scratch.task("hello")
     silent(scratch.mission("run"))
     silent(scratch.mission("run"))
@@ -328,7 +327,7 @@ def test_a_torn_last_line_of_the_history_costs_that_line_alone(scratch,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT,
                                     signal.SIGHUP])
-def test_a_signal_stops_the_task_and_leaves_the_rest(scratch, number):
+def test_signal_stops_the_task_and_skips_the_rest(scratch, number):
     folder = counted(scratch)
     gate, pids = waiting(
         scratch, first="trap 'echo cleaning up; exit 0' TERM\n"
@@ -415,7 +414,7 @@ def test_ctrl_c_reaches_the_task_once_and_through_the_runner(scratch):
 @pytest.mark.parametrize("args", ["list", "list -v", "dump", "history",
                                   "--help", "completion bash", "log",
                                   "run --dry-run"])
-def test_a_reader_that_goes_away_is_no_traceback(scratch, args):
+def test_closed_pipe_causes_no_traceback(scratch, args):
     for number in range(300):
         scratch.task(f"t{number}", "echo x")
     scratch.config["tasks"][0]["scheduled"] = True
@@ -433,7 +432,7 @@ def test_a_reader_that_goes_away_is_no_traceback(scratch, args):
 
 
 @pytest.mark.parametrize("sink", ["closed pipe", "/dev/full"])
-def test_a_run_whose_reader_went_away_still_does_its_work(scratch, sink):
+def test_run_with_a_closed_pipe_still_runs_its_tasks(scratch, sink):
     folder = tallying(scratch, "one", "two")
     if sink == "/dev/full":
         out = os.open(sink, os.O_WRONLY)
@@ -453,7 +452,7 @@ def test_a_run_whose_reader_went_away_still_does_its_work(scratch, sink):
         told(result, "log")
 
 
-def test_a_closed_stdout_or_stderr_is_survived(scratch):
+def test_run_succeeds_with_closed_stdout_or_stderr(scratch):
     folder = tallying(scratch, "one")
     scratch.write()
     for closing in ("1>&-", "2>&-", "0<&- 1>&- 2>&-"):
@@ -471,7 +470,7 @@ def test_a_closed_stdout_or_stderr_is_survived(scratch):
 # The lock --------------------------------------------------------------------
 
 
-def test_a_second_run_reports_who_holds_the_lock(scratch):
+def test_second_run_reports_the_process_that_holds_the_lock(scratch):
     gate, pids = waiting(scratch)
     scratch.task("other", "touch ../ran")
     process = scratch.start("run")
@@ -509,7 +508,7 @@ def test_wait_takes_the_lock_when_it_is_free(scratch):
             silent(support.ended(second))
 
 
-def test_of_runs_started_together_never_two_run_at_once(scratch):
+def test_runs_started_together_never_overlap(scratch):
     scratch.task("one", "mkdir ../busy || exit 9\nsleep 0.2\nrmdir ../busy\n"
                  "echo x >> ../count")
     runs = [scratch.start("run") for _ in range(6)]
@@ -519,7 +518,7 @@ def test_of_runs_started_together_never_two_run_at_once(scratch):
     assert (scratch.tasks / "count").read_text().count("x") == codes[0]
 
 
-def test_a_lock_file_left_behind_locks_nobody_out(scratch):
+def test_leftover_lock_file_does_not_lock(scratch):
     scratch.task("hello")
     silent(scratch.mission("run"))
     lock = next(scratch.state.glob("*/lock"))
@@ -529,7 +528,7 @@ def test_a_lock_file_left_behind_locks_nobody_out(scratch):
     silent(scratch.mission("run"))
 
 
-def test_a_leftover_of_a_task_does_not_hold_the_lock(scratch):
+def test_process_left_by_a_task_does_not_hold_the_lock(scratch):
     pidfile = scratch.folder / "pid"
     scratch.task("daemon", 'setsid sh -c \'echo $$ > "$PIDFILE"; exec sleep '
                  '300\' >/dev/null 2>&1 &\nwhile ! [ -s "$PIDFILE" ]; do '
@@ -544,7 +543,7 @@ def test_a_leftover_of_a_task_does_not_hold_the_lock(scratch):
 
 
 @support.root_only
-def test_another_user_gets_permission_denied(alice, host):
+def test_run_by_another_user_fails_with_permission_denied(alice, host):
     alice.task("hello", "touch ../ran")
     alice.write()
     home = host.home["mallory"]
@@ -573,8 +572,7 @@ def fake_git(scratch, script: str) -> None:
     ("commit", "HEAD.lock"),
     ("commit", "refs/heads/$BRANCH.lock"),
 ])
-def test_a_git_that_was_killed_fails_one_run_and_not_the_next(
-        scratch, command, leaves):
+def test_killed_git_fails_one_run_and_not_the_next(scratch, command, leaves):
     folder = tallying(scratch, "one")
     branch = git(folder, "symbolic-ref", "--short", "HEAD").out.strip()
     lock = leaves.replace("$BRANCH", branch)
@@ -601,7 +599,7 @@ def test_a_stale_lock_is_removed_and_logged(scratch):
     assert is_committed(folder) and not lock.exists()
 
 
-def test_the_lock_of_a_git_at_work_is_left_alone(scratch):
+def test_lock_of_a_running_git_is_not_removed(scratch):
     folder = tallying(scratch, "one")
     # A commit that waits for its editor holds index.lock, as in life.
     (folder / "staged").write_text("x")
@@ -734,7 +732,7 @@ def whole_again(scratch, disk) -> None:
 @pytest.mark.parametrize("disk", [
     EXT4, EXT4.replace("commit=600", "commit=600,noauto_da_alloc")],
     indirect=True, ids=["ext4", "noauto_da_alloc"])
-def test_what_a_run_committed_survives_the_power_cut(on_disk, disk):
+def test_commit_of_a_run_survives_a_power_cut(on_disk, disk):
     support.need("mkfs.ext4")
     for _ in range(3 if support.FULL else 1):
         silent(on_disk.headless())
@@ -755,7 +753,7 @@ def test_what_a_run_committed_survives_the_power_cut(on_disk, disk):
 @pytest.mark.parametrize("disk", [EXT4], indirect=True, ids=["ext4"])
 @pytest.mark.parametrize("when", ["before add", "after add", "in commit",
                                   "after commit"])
-def test_a_power_cut_at_the_commit_leaves_a_sound_repository(
+def test_power_cut_during_the_commit_leaves_a_valid_repository(
         on_disk, disk, when):
     support.need("mkfs.ext4")
     cut = f"{sys.executable} -c \"$CUT\" {disk.folder}"
@@ -801,7 +799,7 @@ def test_a_power_cut_during_a_task_is_reported_by_the_next_run(on_disk,
 
 @support.root_only
 @tmpfs("64k")
-def test_a_full_logs_folder_stops_no_task(scratch, disk):
+def test_full_log_directory_stops_no_task(scratch, disk):
     folder = tallying(scratch, "one")
     scratch.task("much", "seq 100000; echo done > ../done")
     scratch.task("two", 'echo two >> "$SYNC_DIR/count"')
@@ -826,8 +824,7 @@ def test_a_full_logs_folder_stops_no_task(scratch, disk):
     f"mount -t tmpfs -o size=3m,{more} tmpfs {{folder}}"
     for more in ("mode=755", "nr_inodes=24")], indirect=True,
     ids=["no space", "no inode"])
-def test_full_root_file_system_does_not_keep_the_mail_from_going_out(
-        scratch, disk):
+def test_mail_is_sent_with_a_full_root_file_system(scratch, disk):
     """State, storage and temporary files are on one file system, which the
     task fills, as a single root file system would be."""
     mails, place = scratch.keep_mail(start=False), disk.folder
@@ -856,7 +853,7 @@ def test_full_root_file_system_does_not_keep_the_mail_from_going_out(
 
 @support.root_only
 @tmpfs("1m")
-def test_a_full_repository_fails_alone(scratch, disk):
+def test_full_repository_fails_only_its_commit(scratch, disk):
     other = tallying(scratch, "one")
     full = disk.folder
     scratch.config["storage"]["full"] = {"path": str(full), "commit": True}

@@ -64,7 +64,7 @@ PLANTS = {
 
 @support.root_only
 @pytest.mark.parametrize("plant", PLANTS)
-def test_a_log_is_a_file_that_did_not_exist_before(alice, victim, plant):
+def test_run_log_is_a_newly_created_file(alice, victim, plant):
     own = {}
     for name in names_ahead(60):
         for path in (name, name.replace(".txt", "-2.txt")):
@@ -95,8 +95,7 @@ AWAY = {
 
 @support.root_only
 @pytest.mark.parametrize("how", AWAY)
-def test_the_mail_is_complete_though_the_log_cannot_be_written(
-        alice, victim, how):
+def test_mail_is_complete_when_the_log_cannot_be_written(alice, victim, how):
     mails = alice.keep_mail(start=False)
     script = AWAY[how].replace(" /", f" '{alice.folder}'") \
         if how == "moved" else AWAY[how]
@@ -113,7 +112,7 @@ def test_the_mail_is_complete_though_the_log_cannot_be_written(
 
 
 @support.root_only
-def test_logs_may_be_a_link_of_root(alice, host):
+def test_log_directory_may_be_a_symbolic_link_of_root(alice, host):
     elsewhere = host.home["alice"] / "logs"
     elsewhere.mkdir()
     alice.logs.rmdir()
@@ -129,8 +128,8 @@ def test_logs_may_be_a_link_of_root(alice, host):
 
 
 @support.root_only
-def test_logs_behind_a_link_of_the_users_are_not_written(alice, host,
-                                                            tmp_path):
+def test_log_directory_behind_a_symbolic_link_of_the_user_is_not_used(
+        alice, host, tmp_path):
     cron = tmp_path / "cron.d"
     cron.mkdir()
     link = host.home["alice"] / "logs"
@@ -144,8 +143,7 @@ def test_logs_behind_a_link_of_the_users_are_not_written(alice, host,
 
 
 @support.root_only
-def test_retention_removes_old_logs_and_nothing_else(alice, victim,
-                                                        tmp_path):
+def test_retention_removes_only_old_logs(alice, victim, tmp_path):
     treasure = tmp_path / "treasure"
     treasure.mkdir()
     (treasure / "2001-01-01-00-00-00.txt").write_text("hush hush")
@@ -176,7 +174,7 @@ def test_retention_removes_old_logs_and_nothing_else(alice, victim,
 
 
 @support.root_only
-def test_nobody_else_can_hold_the_lock(alice, host):
+def test_other_users_cannot_hold_the_lock(alice, host):
     alice.task("one", ":")
     assert alice.mission("run").code == 0
     (lock,) = alice.state.glob("*/lock")
@@ -187,7 +185,7 @@ def test_nobody_else_can_hold_the_lock(alice, host):
 
 
 @support.root_only
-def test_a_lock_on_the_configuration_blocks_nobody(alice):
+def test_lock_on_the_configuration_does_not_block_a_run(alice):
     alice.task("one", ":")
     alice.write()
     alice.path.chmod(0o644)
@@ -211,7 +209,7 @@ STATES = {
 
 @support.root_only
 @pytest.mark.parametrize("state", STATES)
-def test_a_state_folder_that_another_can_write_is_refused(alice, state):
+def test_state_directory_that_another_user_can_write_is_refused(alice, state):
     alice.task("one", "echo x >> ../../ran")
     assert alice.mission("run").code == 0
     (folder,) = alice.state.iterdir()
@@ -223,7 +221,7 @@ def test_a_state_folder_that_another_can_write_is_refused(alice, state):
 
 @support.root_only
 @pytest.mark.parametrize("kind", ["junk", "a pid"])
-def test_a_lock_file_that_was_left_does_not_lock(alice, kind):
+def test_lock_file_of_an_ended_run_does_not_lock(alice, kind):
     alice.task("one", ":")
     assert alice.mission("run").code == 0
     (lock,) = alice.state.glob("*/lock")
@@ -272,8 +270,7 @@ def deep(alice):
 
 @support.root_only
 @pytest.mark.parametrize("intruder", INTRUDERS)
-def test_a_configuration_that_another_can_change_is_refused(deep,
-                                                               intruder):
+def test_configuration_that_another_user_can_write_is_refused(deep, intruder):
     mark = marking_task(deep)
     deep.write()
     INTRUDERS[intruder](deep.path)
@@ -285,8 +282,8 @@ def test_a_configuration_that_another_can_change_is_refused(deep,
 @pytest.mark.parametrize("trust, code", [(None, 0), ("user", 0),
                                          ("root", 78)])
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_trust_decides_whether_the_user_may_own_it(deep, trust, code,
-                                                      what):
+def test_trust_decides_whether_the_user_may_own_the_configuration(
+        deep, trust, code, what):
     marking_task(deep)
     if trust:
         deep.config["trust"] = trust
@@ -307,7 +304,7 @@ LINKS = {
 
 @support.root_only
 @pytest.mark.parametrize("case", LINKS)
-def test_every_link_on_the_way_is_checked(deep, case):
+def test_every_symbolic_link_of_a_path_is_checked(deep, case):
     mark = marking_task(deep)
     deep.write()
     code, links = LINKS[case]
@@ -392,8 +389,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_an_unreadable_configuration_is_one_line_with_a_position(
-        scratch, bomb):
+def test_invalid_configuration_is_one_line_with_a_position(scratch, bomb):
     scratch.path.write_bytes(BOMBS[bomb])
     scratch.path.chmod(0o600)
     started = time.monotonic()
@@ -443,7 +439,7 @@ TASKS = {
 
 @support.root_only
 @pytest.mark.parametrize("case", TASKS)
-def test_root_does_not_run_what_another_can_change(alice, case):
+def test_root_does_not_run_a_task_that_another_user_can_write(alice, case):
     mark, good = alice.folder / "mark", alice.folder / "good"
     TASKS[case](alice.task("bad", f"touch '{mark}'"))
     alice.task("good", f"touch '{good}'")
@@ -488,7 +484,7 @@ def test_root_does_not_run_a_task_in_a_directory_of_another_user(
 
 @support.root_only
 @pytest.mark.parametrize("kind", ["task", "builtin"])
-def test_what_another_can_change_is_not_opened(alice, victim, kind):
+def test_task_that_another_user_can_write_is_not_opened(alice, victim, kind):
     """It could be a link to a file of root's, whose words a message quotes.
     """
     victim.write_text("#!/SECRET\nimport SECRET\n")
@@ -512,8 +508,8 @@ def test_what_another_can_change_is_not_opened(alice, victim, kind):
 
 @support.root_only
 @pytest.mark.parametrize("key", ["chown", "commit"])
-def test_no_name_behind_a_link_of_the_users_is_shown(alice, host, tmp_path,
-                                                     key):
+def test_no_file_name_behind_a_symbolic_link_of_the_user_is_shown(
+        alice, host, tmp_path, key):
     theirs = support.make_repository(tmp_path / "theirs")
     (theirs / "SECRET").touch()
     os.chown(theirs / "SECRET", MALLORY, MALLORY)
@@ -544,7 +540,7 @@ def test_trust_decides_whether_the_user_may_own_tasks(alice, trust, code,
 
 
 @support.root_only
-def test_a_program_in_a_folder_of_anothers_is_passed_over(alice, host):
+def test_program_in_a_directory_of_another_user_is_skipped(alice, host):
     """The sendmail of mallory comes first in PATH and is not run."""
     mails = alice.keep_mail(start=False)
     hers, mark = host.home["mallory"], alice.folder / "mark"
@@ -579,7 +575,7 @@ LISTS = {
 @pytest.mark.parametrize("entries", LISTS)
 @pytest.mark.parametrize("what", ["run", "its folder", "configuration",
                                   "folder above"])
-def test_an_access_control_list_counts_as_a_mode_does(deep, entries, what):
+def test_access_control_list_is_checked_like_a_mode(deep, entries, what):
     mark = deep.folder / "mark"
     run = deep.task("one", f"touch '{mark}'")
     deep.write()
@@ -595,7 +591,7 @@ def test_an_access_control_list_counts_as_a_mode_does(deep, entries, what):
 
 
 @support.root_only
-def test_a_list_for_the_trusted_user_counts_with_trust_root(deep):
+def test_access_list_entry_for_the_user_is_refused_with_trust_root(deep):
     run = deep.task("one", ":")
     deep.config["trust"] = "root"
     deep.write()
@@ -604,14 +600,14 @@ def test_a_list_for_the_trusted_user_counts_with_trust_root(deep):
 
 
 @support.root_only
-def test_an_entry_that_the_mask_makes_ineffective_is_accepted(deep):
+def test_access_list_entry_disabled_by_the_mask_is_accepted(deep):
     run = deep.task("one", ":")
     support.set_acl(run, (support.ACL_USER, 7, MALLORY), mask=5)
     assert deep.mission("check").code == 0
 
 
 @support.root_only
-def test_a_default_list_of_a_folder_is_that_of_files_to_come(deep):
+def test_default_access_list_of_a_directory_is_checked(deep):
     run = deep.task("one", ":")
     support.set_acl(run.parent, (support.ACL_USER, 7, MALLORY), kind="default")
     assert_refused(deep.mission("check"), str(run.parent))
@@ -641,7 +637,7 @@ def test_group_write_needs_a_group_with_known_members(deep, host, gid,
 @pytest.mark.parametrize("sources, code", [
     ("files systemd", 0), ("files sss", 78),
     ("files [NOTFOUND=return] ldap", 78), ("compat # sss", 0)])
-def test_group_write_is_refused_where_users_cannot_be_listed(
+def test_group_write_is_refused_if_users_cannot_be_enumerated(
         deep, host, sources, code):
     """SSSD has users that it does not enumerate: any of them can have this
     group as the first one."""
@@ -675,12 +671,12 @@ def nfs4_acl(*entries: tuple) -> bytes:
     ([(0, 0, 0x2, "root@example.org")], ""),
     ([(0, 0x40, 0x2, "root@example.org")], "root@example.org"),   # a group
 ])
-def test_an_nfs4_list_names_its_writers(entries, found):
+def test_nfs4_access_list_is_searched_for_writers(entries, found):
     mission = support.load("mission")
     assert mission.nfs4_writer(nfs4_acl(*entries), {0}) == found
 
 
-def test_an_nfs4_list_that_is_cut_short_is_an_error():
+def test_truncated_nfs4_access_list_is_an_error():
     with pytest.raises(OSError):
         support.load("mission").nfs4_writer(
             nfs4_acl((0, 0, 2, "EVERYONE@"))[:-4], {0})
@@ -702,7 +698,7 @@ def test_an_nfs4_list_that_is_cut_short_is_an_error():
     ("sub/~",               "HERE/sub/~"),
     ("ALICE/./sub//",       "ALICE/sub"),
 ])
-def test_a_path_has_one_meaning(alice, host, written, means):
+def test_path_is_expanded_the_same_way_everywhere(alice, host, written, means):
     """`~` is an expansion at the front alone, and of passwd's homes, not of
     the caller's HOME; a relative path starts at the configuration."""
     places = {"ALICE": str(host.home["alice"]), "HERE": str(alice.folder),

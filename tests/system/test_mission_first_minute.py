@@ -99,7 +99,8 @@ def test_first_minute_of_an_ordinary_user_works_as_typed(host, tmp_path,
     assert support.owner(empty / "backup/local/passwd") == support.ALICE_UID
 
 
-def test_new_needs_only_a_readable_configuration_and_the_tasks(scratch):
+def test_new_requires_only_a_readable_configuration_and_task_directory(
+        scratch):
     scratch.config.update(tasks=[], user={"name": "nouser"}, typo=1,
                           passBin="/srv/none")
     scratch.config["storage"]["sync"] = {"path": "/srv/none", "commit": True}

@@ -110,7 +110,7 @@ def test_a_run_commits_everything_and_says_which_run_it_was(scratch, own,
     assert kept == ["RepoDir", "Status", "Add", "Commit"]
 
 
-def test_without_changes_there_is_no_commit(scratch, own):
+def test_run_without_changes_makes_no_commit(scratch, own):
     scratch.task("none", ":")
     before = must_git(own, "rev-parse", "HEAD")
     result = scratch.mission("run", "-t", "none")
@@ -127,14 +127,14 @@ def test_a_deleted_file_is_committed_and_an_ignored_one_is_not(scratch, own):
 
 
 @support.root_only
-def test_without_an_identity_of_git_the_commit_is_missions(alice, repo):
+def test_commit_without_a_git_identity_is_made_by_mission(alice, repo):
     result = alice.headless()
     assert result.code == 0, (result, alice.log())
     said = must_git(repo, "log", "-1", "--format=%an, %ae, %cn", uid=ALICE)
     assert re.fullmatch("mission, alice@.+, mission", said)
 
 
-def test_the_owners_identity_is_used_where_there_is_one(scratch, own):
+def test_commit_uses_the_git_identity_of_the_owner(scratch, own):
     must_git(own, "config", "user.name", "Someone Own")
     must_git(own, "config", "user.email", "own@example.com")
     assert scratch.mission("run").code == 0
@@ -168,8 +168,7 @@ def test_a_storage_of_any_name_is_committed(scratch, name):
 
 
 @pytest.mark.parametrize("nested", ["with a commit", "empty"])
-def test_a_repository_inside_is_a_warning_that_names_it(scratch, own,
-                                                           nested):
+def test_nested_repository_gets_a_warning_that_names_it(scratch, own, nested):
     inner = own / "clone"
     if nested == "empty":
         inner.mkdir()
@@ -203,7 +202,7 @@ def test_a_worktree_whose_git_is_a_file_is_committed(scratch):
     assert is_committed(tree)
 
 
-def test_a_missing_repository_is_an_error_and_is_not_made(scratch):
+def test_missing_repository_is_an_error_and_is_not_created(scratch):
     folder = scratch.storage("sync", commit=True)
     scratch.task("one", ":")
     result = scratch.mission("run")
@@ -312,7 +311,8 @@ def test_no_planted_program_runs_as_root(alice, repo, spy, vector):
 
 @support.root_only
 @pytest.mark.parametrize("vector", VECTORS)
-def test_a_careless_git_does_run_it_as_root(repo, spy, vector, tmp_path):
+def test_naive_git_runs_the_planted_program_as_root(
+        repo, spy, vector, tmp_path):
     careless = trusting(tmp_path / "trusting")
     VECTORS[vector](repo, spy)
     support.own(repo, ALICE)
@@ -338,8 +338,8 @@ def test_git_without_a_clean_environment_trusts_sudo_uid(repo, spy):
 
 
 @support.root_only
-def test_no_git_variable_of_the_caller_reaches_git(alice, repo, spy,
-                                                      tmp_path):
+def test_git_variables_of_the_caller_do_not_reach_git(
+        alice, repo, spy, tmp_path):
     elsewhere = make_repository(tmp_path / "elsewhere")
     trace = tmp_path / "trace"
     (spy.folder / "git-add").write_bytes(spy.hook.read_bytes())
@@ -365,7 +365,7 @@ def test_no_git_variable_of_the_caller_reaches_git(alice, repo, spy,
 
 
 @support.root_only
-def test_a_git_in_a_folder_that_others_can_write_is_passed_over(
+def test_git_in_a_directory_that_others_can_write_is_skipped(
         alice, repo, spy, host):
     for folder, uid in (spy.folder, MALLORY), (host.home["mallory"], 0):
         fake = folder / "git"
@@ -380,8 +380,8 @@ def test_a_git_in_a_folder_that_others_can_write_is_passed_over(
 
 
 @support.root_only
-def test_git_sees_the_owners_home_and_nothing_of_roots(alice, repo, spy,
-                                                          host):
+def test_git_uses_the_home_of_the_owner_and_nothing_of_root(
+        alice, repo, spy, host):
     told = spy.folder / "told"
     spy.program("filter", f"env > '{told}'; id -G >> '{told}'; exec cat")
     by_attributes("filter.x.clean", "FILTER")(repo, spy)
@@ -434,8 +434,8 @@ def test_a_worktree_elsewhere_is_not_read(alice, repo, victims):
 @pytest.mark.parametrize("name", [
     "logs/HEAD", "COMMIT_EDITMSG", "index", "index.lock", "HEAD",
     "refs/heads/main", "objects", "hooks"])
-def test_a_link_inside_git_changes_nothing_of_roots(alice, repo, victims,
-                                                       name):
+def test_symbolic_link_inside_dot_git_changes_no_file_of_root(
+        alice, repo, victims, name):
     path = repo / ".git" / name
     if path.is_dir():
         path.rename(path.with_name("away"))
@@ -453,7 +453,7 @@ def test_a_link_inside_git_changes_nothing_of_roots(alice, repo, victims,
 
 @support.root_only
 @pytest.mark.parametrize("target", ["an empty folder", "a repository"])
-def test_a_git_that_leads_to_a_folder_of_roots_is_refused(
+def test_dot_git_that_leads_to_a_directory_of_root_is_refused(
         alice, repo, victims, tmp_path, target):
     if target == "a repository":
         theirs = make_repository(tmp_path / "theirs")
@@ -494,8 +494,8 @@ MIXED = {
 
 @support.root_only
 @pytest.mark.parametrize("case", MIXED)
-def test_owners_that_are_mixed_are_refused_and_named(alice, host, spy,
-                                                        case):
+def test_repository_with_mixed_owners_is_refused_and_named(
+        alice, host, spy, case):
     """Modes are those of files of root's with alice's group."""
     place, changes = MIXED[case]
     uid = ALICE if place == "alice" else None
@@ -523,7 +523,7 @@ def test_owners_that_are_mixed_are_refused_and_named(alice, host, spy,
 
 
 @support.root_only
-def test_roots_own_repository_is_committed_as_root(alice):
+def test_repository_of_root_is_committed_as_root(alice):
     folder = make_repository(alice.folder / "repo")
     alice.config["storage"]["sync"] = {"path": str(folder), "commit": True}
     alice.task("one", 'echo x > "$SYNC_DIR/new"')
@@ -533,7 +533,7 @@ def test_roots_own_repository_is_committed_as_root(alice):
 
 
 @support.root_only
-def test_what_root_left_in_the_users_repository_is_put_right_by_chown(
+def test_chown_gives_files_of_root_in_a_repository_to_the_user(
         alice, repo, tmp_path):
     """As after a `sudo git commit`, or a run without chown."""
     must_git(repo, "commit", "-q", "--allow-empty", "-m", "by root",
@@ -546,7 +546,7 @@ def test_what_root_left_in_the_users_repository_is_put_right_by_chown(
 
 
 @support.root_only
-def test_the_walk_of_chown_is_the_check_of_the_owners(alice, repo):
+def test_owners_are_checked_during_the_walk_of_chown(alice, repo):
     """git's directory is walked once more only for what chown left."""
     walked = alice.folder / "walked"
     alice.patch(f"""
@@ -569,7 +569,7 @@ def test_the_walk_of_chown_is_the_check_of_the_owners(alice, repo):
 
 
 @support.root_only
-def test_a_git_file_that_becomes_a_fifo_does_not_hang_the_run(alice, repo):
+def test_dot_git_that_becomes_a_fifo_does_not_block_the_run(alice, repo):
     alice.task("away", 'mv "$SYNC_DIR/.git" "$SYNC_DIR/../away"\n'
                'mkfifo "$SYNC_DIR/.git"')
     result = alice.headless(timeout=60)
@@ -638,8 +638,8 @@ def lead(repo: Path, secret: Path, kind: str, name: str, target: str) -> None:
 @support.root_only
 @pytest.mark.parametrize("case", LEADS)
 @pytest.mark.parametrize("chown", [False, True], ids=["commit", "chown"])
-def test_nothing_of_roots_shows_through_a_repository(alice, repo, secret, case,
-                                                     chown):
+def test_repository_reveals_no_content_of_root(
+        alice, repo, secret, case, chown):
     name, kind, target = LEADS[case]
     support.own(repo, ALICE)
     lead(repo, secret, kind, name, target)
@@ -686,8 +686,8 @@ def calls_of_root(trace: str) -> list[str]:
 
 @support.root_only
 @pytest.mark.parametrize("chown", [False, True], ids=["commit", "chown"])
-def test_root_opens_no_file_in_a_repository_of_alices(alice, repo, chown,
-                                                      tmp_path):
+def test_root_opens_no_file_in_a_repository_of_alice(
+        alice, repo, chown, tmp_path):
     """chown opens directories, and descriptors that cannot read; commit
     opens the storage alone, to see whose it is."""
     support.need("strace")
@@ -746,8 +746,8 @@ READS = {
 @support.root_only
 @pytest.mark.parametrize("case", READS)
 @pytest.mark.parametrize("owner", [ALICE, 0], ids=["alice's", "root's"])
-def test_root_commits_only_what_reads_files_of_roots(alice, host, case,
-                                                     owner):
+def test_root_commits_only_if_git_reads_only_files_of_root(
+        alice, host, case, owner):
     place, text = READS[case]
     root = alice.make("roothome")
     passwd = host.folder / "passwd"
@@ -779,7 +779,8 @@ def test_root_commits_only_what_reads_files_of_roots(alice, host, case,
 @support.root_only
 @pytest.mark.parametrize("name", [".git/config", ".git/info", "sub", "."])
 @pytest.mark.parametrize("kind", ["access", "default"])
-def test_root_commits_nothing_that_a_list_lets_alice_write(alice, name, kind):
+def test_root_commits_nothing_that_an_access_list_lets_alice_write(
+        alice, name, kind):
     folder = make_repository(alice.folder / "repo")
     (folder / "sub").mkdir()
     (folder / ".git/info").mkdir(exist_ok=True)
@@ -794,7 +795,7 @@ def test_root_commits_nothing_that_a_list_lets_alice_write(alice, name, kind):
     assert count_commits(folder) == 1
 
 
-def test_a_repository_around_the_storage_is_not_committed(scratch):
+def test_repository_above_the_storage_is_not_committed(scratch):
     outer = make_repository(scratch.folder / "outer")
     inner = outer / "inner"
     (inner / ".git").mkdir(parents=True)
@@ -825,7 +826,7 @@ def test_files_the_owner_cannot_read_are_named_with_the_fix(alice, repo,
 # The log's list of changes ---------------------------------------------------
 
 
-def test_the_log_lists_each_change_once(scratch, own):
+def test_log_lists_each_changed_file_once(scratch, own):
     (own / "gone").write_text("x")
     must_git(own, "add", "-A")
     must_git(own, "commit", "-q", "-m", "second")
@@ -872,8 +873,7 @@ def loose_objects(folder: Path) -> int:
 
 
 @support.root_only
-def test_a_grown_repository_is_packed_as_its_owner_after_the_mail(
-        alice, repo):
+def test_large_repository_is_packed_by_its_owner_after_the_mail(alice, repo):
     alice.keep_mail(start=False)
     fill(alice, repo)
     with servers.Web() as web:
@@ -888,13 +888,13 @@ def test_a_grown_repository_is_packed_as_its_owner_after_the_mail(
     assert is_committed(repo, uid=ALICE)
 
 
-def test_a_repository_that_has_not_grown_is_left_as_it_is(scratch, own):
+def test_small_repository_is_not_packed(scratch, own):
     result = scratch.mission("run")
     assert result.code == 0 and "Pack" not in result.out, result
     assert loose_objects(own) > 0
 
 
-def test_packing_that_fails_is_a_line_in_the_log_alone(scratch, own):
+def test_failed_packing_is_only_a_line_in_the_log(scratch, own):
     fill(scratch, own, pruneExpire="nonsense")
     result = scratch.headless()
     assert (result.code, result.err) == (0, ""), result
@@ -903,7 +903,7 @@ def test_packing_that_fails_is_a_line_in_the_log_alone(scratch, own):
     assert count_commits(own) == 2
 
 
-def test_packing_is_ended_by_a_signal_and_the_run_stays_good(scratch, own):
+def test_signal_ends_the_packing_and_the_run_stays_successful(scratch, own):
     """A run that is killed while it packs has finished its work."""
     fill(scratch, own)
     pid, git = scratch.folder / "pid", support.find("git")
@@ -930,7 +930,8 @@ def test_packing_is_ended_by_a_signal_and_the_run_stays_good(scratch, own):
 @pytest.mark.parametrize("name", [
     "index.lock", "HEAD.lock", "refs/heads/main.lock", "config.lock",
     "packed-refs.lock"])
-def test_an_old_lock_is_cleared_and_all_is_committed(alice, repo, name):
+def test_old_git_lock_is_removed_and_all_files_are_committed(
+        alice, repo, name):
     lock = repo / ".git" / name
     lock.touch()
     os.chown(lock, ALICE, ALICE)
@@ -943,7 +944,7 @@ def test_an_old_lock_is_cleared_and_all_is_committed(alice, repo, name):
 
 
 @support.root_only
-def test_a_fresh_lock_of_an_unknown_is_left_and_named(alice, repo):
+def test_recent_git_lock_of_an_unknown_process_is_kept_and_named(alice, repo):
     lock = repo / ".git" / "index.lock"
     lock.touch()
     os.chown(lock, ALICE, ALICE)
@@ -956,7 +957,7 @@ def test_a_fresh_lock_of_an_unknown_is_left_and_named(alice, repo):
 
 
 @support.root_only
-def test_a_git_at_work_is_waited_for(alice, repo, tmp_path):
+def test_commit_waits_for_a_running_git(alice, repo, tmp_path):
     """alice's own commit holds index.lock while her editor is open."""
     ready, gate = repo.parent / "ready", repo.parent / "gate"
     os.mkfifo(gate)
@@ -1008,8 +1009,7 @@ def in_filter(pids: Path) -> tuple[int, int]:
 
 
 @support.root_only
-def test_what_a_killed_git_left_does_not_stop_the_next_run(alice, repo,
-                                                              slow):
+def test_locks_of_a_killed_git_do_not_stop_the_next_run(alice, repo, slow):
     """Whether this run tries once more or not: git is killed each time."""
     gate, pids = slow
     run = alice.start("run", "--headless")
@@ -1030,7 +1030,7 @@ def test_what_a_killed_git_left_does_not_stop_the_next_run(alice, repo,
 
 
 @support.root_only
-def test_leftovers_of_a_killed_runner_and_its_git_do_not_stop_the_next_run(
+def test_locks_of_a_killed_runner_and_git_do_not_stop_the_next_run(
         alice, repo, slow):
     gate, pids = slow
     run = alice.start("run", "--headless")
@@ -1050,8 +1050,8 @@ def test_leftovers_of_a_killed_runner_and_its_git_do_not_stop_the_next_run(
 
 
 @support.root_only
-def test_a_lock_that_is_a_link_takes_nothing_of_roots_along(alice, repo,
-                                                               victims):
+def test_lock_that_is_a_symbolic_link_removes_no_file_of_root(
+        alice, repo, victims):
     lock = repo / ".git" / "refs" / "heads" / "main.lock"
     lock.symlink_to(victims / "open")
     os.utime(lock, (0, 0), follow_symlinks=False)

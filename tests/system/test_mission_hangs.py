@@ -119,7 +119,7 @@ def test_storage_that_hangs_fails_only_the_tasks_that_need_it(night):
     assert f"storage out: {out} does not answer" in night.log()
 
 
-def test_logs_that_hang_stop_no_task(night):
+def test_log_directory_that_hangs_stops_no_task(night):
     night.hang(night.logs)
     result = night.headless()
     assert ran(night) == 1
@@ -131,7 +131,7 @@ def test_logs_that_hang_stop_no_task(night):
 
 @pytest.mark.parametrize("folder, statuses", [
     ("logs", {"log": 1}), ("state", {"log": 1, "history": 1, "status": 3})])
-def test_past_runs_that_hang_are_an_error(night, folder, statuses):
+def test_history_that_hangs_is_an_error(night, folder, statuses):
     server = night.hang(night.make(folder), stop=False)
     assert night.headless().code == 0
     server.send_signal(signal.SIGSTOP)
@@ -143,7 +143,7 @@ def test_past_runs_that_hang_are_an_error(night, folder, statuses):
         assert "does not answer" in result.out + result.err
 
 
-def test_directory_of_path_that_hangs_is_passed_over(night):
+def test_path_directory_that_hangs_is_skipped(night):
     """The programs of the directories after it are found."""
     hung = night.make("hung")
     night.env["PATH"] = f"{hung}:{night.env['PATH']}"
@@ -154,7 +154,7 @@ def test_directory_of_path_that_hangs_is_passed_over(night):
     assert len(list(night.mails.iterdir())) == 1
 
 
-def test_logs_that_hang_in_the_middle_of_a_run_stop_no_task(night):
+def test_log_directory_that_hangs_during_a_run_stops_no_task(night):
     server = night.hang(night.logs, stop=False)
     night.task("b", f"kill -STOP {server.pid}; echo b")
     night.task("c", 'echo a >> "$TASKS_DIR/../ran"')
@@ -164,7 +164,7 @@ def test_logs_that_hang_in_the_middle_of_a_run_stop_no_task(night):
     assert len(list(night.mails.iterdir())) == 1
 
 
-def test_configuration_that_hangs_is_status_78(night):
+def test_configuration_that_hangs_is_exit_status_78(night):
     folder = night.make("etc")
     night.hang(folder)
     night.path = folder / "m.json"
@@ -189,7 +189,7 @@ def test_tasks_that_hang_fail_and_the_mail_goes_out(night):
     assert len(list(night.mails.iterdir())) == 1
 
 
-def test_chown_that_hangs_is_given_up_and_sigterm_ends_the_run(night):
+def test_chown_that_hangs_times_out_and_sigterm_ends_the_run(night):
     out = night.storage("out", chown=True)
     server = night.hang(out, stop=False)
     night.task("stop", f'touch "$OUT_DIR/f"; kill -STOP {server.pid}')
@@ -210,7 +210,7 @@ def test_chown_that_hangs_is_given_up_and_sigterm_ends_the_run(night):
     assert len(list(night.mails.iterdir())) == 2
 
 
-def test_commit_syncs_no_file_system_but_that_of_the_repository(night):
+def test_commit_syncs_only_the_file_system_of_the_repository(night):
     other = night.make("other")
     night.hang(other)
     support.make_repository(night.storage("sync", commit=True))

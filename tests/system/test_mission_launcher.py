@@ -28,14 +28,14 @@ def run(command: list[str], **env) -> subprocess.CompletedProcess:
         stderr=subprocess.PIPE, universal_newlines=True)
 
 
-def test_the_file_is_executable_as_it_is(installed):
+def test_mission_py_is_executable(installed):
     assert run([str(installed), "--version"]).stdout.startswith("mission ")
     link = installed.parent / "also"
     link.symlink_to(installed)
     assert run([str(link), "--version"]).stdout.startswith("mission ")
 
 
-def test_words_reach_it_as_they_were_typed(installed):
+def test_arguments_reach_mission_unchanged(installed):
     result = run([str(installed), "run", "two  words", "$(id)", "*"])
     assert result.returncode == 2
     assert '"two  words"' in result.stderr
@@ -47,7 +47,7 @@ def test_the_launcher_returns_the_exit_status(installed):
     assert run([str(installed), "-c", missing, "check"]).returncode == 78
 
 
-def test_nothing_of_the_callers_python_is_used(installed, tmp_path):
+def test_python_environment_of_the_caller_is_not_used(installed, tmp_path):
     canary = tmp_path / "canary"
     planted = tmp_path / "planted"
     planted.mkdir()
@@ -65,7 +65,7 @@ def test_start_leaves_no_compiled_file(installed):
     assert [path.name for path in installed.parent.iterdir()] == ["mission"]
 
 
-def test_a_changed_file_of_equal_size_and_time_is_what_runs(installed):
+def test_changed_file_of_equal_size_and_time_is_executed(installed):
     """As `cp -p` and packages with SOURCE_DATE_EPOCH leave it."""
     before = run([str(installed), "--version"]).stdout
     status = installed.stat()

@@ -465,7 +465,7 @@ def seconds_of(night: Night) -> float:
     return datetime.datetime.fromisoformat(night.record["start"]).timestamp()
 
 
-def test_good_night_stores_what_can_be_restored(server):
+def test_successful_night_stores_files_that_can_be_restored(server):
     night = server.night()
     is_good(night)
     log = server.see(Path(night.record["log"])).read_text()
@@ -487,7 +487,7 @@ def test_good_night_stores_what_can_be_restored(server):
     assert "home/alice/documents/numbers" in names
 
 
-def test_night_with_a_notice(server, last_good):
+def test_night_with_a_notice_succeeds_with_a_warning_mail(server, last_good):
     server.must("mv", "/home/alice/photos", "/home/alice/pictures")
     night = server.night()
     server.must("mv", "/home/alice/pictures", "/home/alice/photos")
@@ -500,7 +500,8 @@ def test_night_with_a_notice(server, last_good):
     assert night.metrics["run_success"] == 1
 
 
-def test_night_with_the_disk_unplugged(server, last_good):
+def test_night_without_its_disk_fails_only_the_tasks_that_need_it(
+        server, last_good):
     server.must("mount", "--move", str(USB), "/media/away")
     night = server.night()
     server.must("mount", "--move", "/media/away", str(USB))
@@ -516,7 +517,7 @@ def test_night_with_the_disk_unplugged(server, last_good):
     assert list(server.see(USB).iterdir()), "it is mounted again"
 
 
-def test_night_with_a_drive_that_hangs(server, last_good):
+def test_night_with_a_hanging_drive_fails_only_its_task(server, last_good):
     with server.stopped(server.nas):
         night = server.night(patch=SHORT_LIMITS)
     has_failed(night, last_good, "borg: storage nas: /media/nas does not "
@@ -527,7 +528,8 @@ def test_night_with_a_drive_that_hangs(server, last_good):
     assert night.metrics["task_success offsite"] == 1
 
 
-def test_night_with_a_drive_that_hangs_in_the_middle(server, last_good):
+def test_night_with_a_drive_that_hangs_during_its_task_fails_that_task(
+        server, last_good):
     script = SCRIPTS["borg"]
     with server.configured(tasks=[
             {**task, "timeout": "2s"} if task["slug"] == "borg" else task
@@ -543,7 +545,7 @@ def test_night_with_a_drive_that_hangs_in_the_middle(server, last_good):
     is_good(server.night())
 
 
-def test_night_in_which_the_disk_becomes_full(server, last_good):
+def test_night_that_fills_the_disk_fails_and_sends_its_mail(server, last_good):
     """State, logs, metrics and the repository are on that disk."""
     server.must("sh", "-c", "head -c 40M /dev/urandom > "
                 "/home/alice/film; seq 99999 > /home/alice/documents/new")
@@ -576,7 +578,7 @@ def full(request, server, last_good):
     root_file.unlink()
 
 
-def test_night_on_a_full_disk(full, last_good):
+def test_night_on_a_full_disk_fails_and_sends_its_mail(full, last_good):
     # What the tasks before it have freed is used up again.
     with full.changed(home=f"#!/bin/sh\n{full.fill}\nexit 2"):
         night = full.night()
@@ -589,7 +591,7 @@ def test_night_on_a_full_disk(full, last_good):
         "failed", "ok"]
 
 
-def test_good_night_on_a_full_disk(full, last_good):
+def test_successful_night_on_a_full_disk_is_only_undelivered(full, last_good):
     storage = full.config["storage"]
     with full.configured(tasks=[
             task for task in full.config["tasks"] if task["slug"] in (
@@ -605,7 +607,8 @@ def test_good_night_on_a_full_disk(full, last_good):
         "undelivered", "ok"]
 
 
-def test_night_with_a_stuck_disk_that_has_data_to_write(server, last_good):
+def test_night_does_not_wait_for_an_unrelated_disk_that_hangs(
+        server, last_good):
     stuck = Path("/media/remote/old")
     server.must("mkdir", str(stuck), "/media/old")
     drive = server.mount_drive(stuck)
@@ -621,7 +624,8 @@ def test_night_with_a_stuck_disk_that_has_data_to_write(server, last_good):
     assert server.git("show", "HEAD:new") == "to be committed\n"
 
 
-def test_night_with_logs_that_hang(server, last_good):
+def test_night_with_a_hanging_log_directory_is_only_undelivered(
+        server, last_good):
     logs = BACKUP / "logs"
     drive = server.mount_drive(logs)
     with server.stopped(drive):
@@ -633,7 +637,8 @@ def test_night_with_logs_that_hang(server, last_good):
     assert night.metrics["run_success"] == 1
 
 
-def test_night_with_a_configuration_that_hangs(server, last_good):
+def test_night_with_a_hanging_configuration_is_exit_status_78(
+        server, last_good):
     before, drive = server.history(), server.mount_drive(BACKUP, BACKUP)
     with server.stopped(drive):
         status = server.mission("status", patch=SHORT_LIMITS)
@@ -645,7 +650,8 @@ def test_night_with_a_configuration_that_hangs(server, last_good):
     assert server.history() == before
 
 
-def test_nights_with_the_clock_set_back(server, last_good):
+def test_nights_after_the_clock_was_set_back_keep_their_logs_and_history(
+        server, last_good):
     offset = server.folder / "offset"
     offset.write_text("172800")             # two days ahead
     clock = f"""
@@ -675,7 +681,8 @@ k.Clock.now = lambda clock: now(clock) + float(open({str(offset)!r}).read())
     assert "FinishTime" in server.mission("log").out
 
 
-def test_night_after_a_list_that_lets_a_user_write(server, last_good):
+def test_night_with_a_configuration_writable_by_an_access_list_is_refused(
+        server, last_good):
     before = server.history()
     server.must("setfacl", "-m", "u:postgres:rw", str(CONFIG))
     night = server.night()

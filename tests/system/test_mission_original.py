@@ -80,7 +80,8 @@ def from_crontab(host, command: str) -> support.Result:
         "PATH=/usr/bin:/bin", "sh", "-c", f"cd /; {command}"])
 
 
-def test_it_passes_check_and_runs_night_after_night(host, home):
+def test_configuration_of_the_original_passes_check_and_runs_repeatedly(
+        host, home):
     """The second night is where the original fails: git as root finds the
     ownership of alice's repository dubious."""
     with servers.Web(200) as web:
@@ -112,7 +113,7 @@ def test_it_passes_check_and_runs_night_after_night(host, home):
             support.ALICE_UID}
 
 
-def test_a_bash_task_without_the_rule_is_named(host, home):
+def test_bash_task_without_errexit_nounset_and_pipefail_is_named(host, home):
     run = home / "backup/tasks/mail/run"
     run.write_text("#!/bin/bash\necho hello\n")
     config = home / "mission.config.json"

@@ -84,7 +84,7 @@ def test_pass_bin_is_an_empty_variable_without_passbin(scratch):
     assert "PASS_BIN=" in log_texts(scratch.mission("run").out)
 
 
-def test_a_task_starts_in_its_folder_in_a_session_of_its_own(scratch):
+def test_task_starts_in_its_directory_in_a_new_session(scratch):
     scratch.task("hello", """
         pwd -P
         echo "stdin $(readlink /proc/$$/fd/0)"
@@ -96,7 +96,7 @@ def test_a_task_starts_in_its_folder_in_a_session_of_its_own(scratch):
     assert "stdin /dev/null" in said and "leads 1 1" in said
 
 
-def test_a_task_gets_no_descriptor_but_its_three(scratch):
+def test_task_gets_only_its_three_standard_descriptors(scratch):
     # ls itself opens the fourth, the folder it lists.
     scratch.task("open", "#!/usr/bin/env -S ls /proc/self/fd\n")
     scratch.write()
@@ -108,7 +108,7 @@ def test_a_task_gets_no_descriptor_but_its_three(scratch):
     assert [text for text in said if text.isdigit()] == list("0123"), said
 
 
-def test_an_entrypoint_runs_in_its_own_folder(scratch):
+def test_entrypoint_runs_in_its_own_directory(scratch):
     elsewhere = scratch.make("elsewhere") / "program"
     elsewhere.write_text("#!/bin/sh\npwd -P\n")
     elsewhere.chmod(0o755)
@@ -116,7 +116,7 @@ def test_an_entrypoint_runs_in_its_own_folder(scratch):
     assert str(elsewhere.parent) in log_texts(scratch.mission("run").out)
 
 
-def test_blocked_signals_and_a_strange_umask_do_not_reach_the_task(scratch):
+def test_task_does_not_inherit_blocked_signals_or_umask(scratch):
     # A caller that blocks SIGTERM and ignores SIGPIPE, like some daemons.
     # (A shell would clear its mask itself, so the task is grep.)
     scratch.task("mask", "#!/usr/bin/env -S grep -h ^Sig /proc/self/status\n")
@@ -164,7 +164,7 @@ def planted(tmp_path):
 
 @pytest.mark.parametrize("where", ["beside it", "PYTHONPATH", "the cwd",
                                    "the user site"])
-def test_modules_planted_where_mission_starts_are_not_imported(
+def test_modules_in_the_working_directory_are_not_imported(
         scratch, planted, where):
     program, canary = planted
     folder, cwd = program.parent, scratch.home
@@ -195,7 +195,8 @@ def test_modules_planted_where_mission_starts_are_not_imported(
     assert not canary.exists()
 
 
-def test_a_naive_program_does_import_them(scratch, planted):
+def test_naive_program_imports_modules_of_the_working_directory(
+        scratch, planted):
     # Without this the test above could not fail.
     program, canary = planted
     naive = program.parent / "naive.py"
@@ -268,7 +269,7 @@ def test_a_task_cannot_type_into_the_terminal_of_its_caller(scratch):
 # Leftovers -------------------------------------------------------------------
 
 
-def test_a_child_that_keeps_the_pipe_does_not_keep_the_run(scratch):
+def test_child_that_holds_the_pipe_does_not_keep_the_run_active(scratch):
     pidfile = scratch.folder / "pid"
     scratch.task("daemon", """
         echo before
@@ -296,7 +297,7 @@ def test_output_of_a_leftover_process_is_not_lost(scratch):
     assert (result.code, result.err) == (0, "")
 
 
-def test_a_child_in_a_session_of_its_own_is_named_and_left(scratch):
+def test_child_in_another_session_is_named_and_not_killed(scratch):
     support.need("setsid")
     pidfile = scratch.folder / "pid"
     scratch.task("daemon", """
@@ -335,8 +336,7 @@ def test_a_child_in_a_session_of_its_own_is_named_and_left(scratch):
     (b"dos line\r",                  "dos line"),
     (b"bell\x07\x08\x7f",            r"bell\x07\x08\x7f"),
 ])
-def test_control_characters_are_shown_and_do_nothing(
-        scratch, written, shown):
+def test_control_characters_are_escaped(scratch, written, shown):
     (scratch.folder / "words").write_bytes(b"<" + written + b">\n")
     scratch.task("hello", f"cat {scratch.folder}/words")
     if written.endswith(b"\r"):
@@ -354,7 +354,7 @@ def test_control_characters_are_shown_and_do_nothing(
                          out), repr(out)
 
 
-def test_carriage_returns_end_a_line(scratch):
+def test_carriage_return_ends_a_line(scratch):
     scratch.task("hello", r"printf '10%%\r50%%\r100%%\nnext\r\n'")
     said = log_texts(scratch.mission("run").out)
     start = said.index("10%")
@@ -457,7 +457,7 @@ def test_many_lines_arrive_complete_and_in_order(scratch):
     assert wanted == count + 1
 
 
-def test_a_huge_line_arrives_whole_in_little_memory(scratch):
+def test_huge_line_arrives_completely_in_little_memory(scratch):
     size = 100_000_000 if support.FULL else 45_000_000
     scratch.task("long", f"echo start\nhead -c {size} /dev/zero | "
                  "tr '\\0' x\necho; echo end")
@@ -474,7 +474,7 @@ def test_a_huge_line_arrives_whole_in_little_memory(scratch):
     assert "end" in log_texts(said)
 
 
-def test_binary_junk_becomes_a_log_one_can_read(scratch):
+def test_binary_output_becomes_a_readable_log(scratch):
     junk = bytes(random.Random(1).choices(range(256), k=300_000))
     (scratch.folder / "junk").write_bytes(junk)
     scratch.task("junk", f"cat {scratch.folder}/junk; echo; echo end")
@@ -486,7 +486,7 @@ def test_binary_junk_becomes_a_log_one_can_read(scratch):
     assert log.count("\\x00") >= junk.count(b"\0") > 0
 
 
-def test_an_endless_stream_ends_at_the_timeout_within_its_limits(scratch):
+def test_endless_output_ends_at_the_timeout_within_the_size_limit(scratch):
     scratch.config["logs"] = {"max": "1M"}
     scratch.task("endless", "echo first; exec yes", timeout="1s")
     scratch.task("next", "echo next")
@@ -501,7 +501,7 @@ def test_an_endless_stream_ends_at_the_timeout_within_its_limits(scratch):
                      log.read_text(), re.M)
 
 
-def test_an_endless_stream_without_a_newline_does_not_swell(scratch):
+def test_endless_output_without_a_newline_does_not_fill_the_memory(scratch):
     scratch.config["logs"] = {"max": "1M"}
     scratch.task("endless", "exec cat /dev/zero", timeout="1s")
     peak, code, err = measured_run(scratch)
@@ -515,7 +515,7 @@ def test_a_task_that_closes_its_output_is_still_waited_for(scratch):
     assert "ERROR: exit status 5" in log_texts(result.out)
 
 
-def test_a_prompt_without_a_newline_is_seen_while_it_waits(scratch):
+def test_prompt_without_a_newline_is_shown_while_the_task_waits(scratch):
     fifo = scratch.folder / "fifo"
     os.mkfifo(fifo)
     scratch.patch(SILENCE=0.1)
@@ -592,7 +592,7 @@ def test_a_line_too_slow_for_a_redaction_is_withheld(
     assert result.code in (0, 1, 74) and "Traceback" not in result.err
 
 
-def test_a_secret_across_the_cut_of_a_long_line_is_not_shown(scratch):
+def test_secret_at_the_split_of_a_long_line_is_not_shown(scratch):
     scratch.config["redact"] = ["token=[a-z]+"]
     scratch.task("long", "head -c 1048570 /dev/zero | tr '\\0' x\n"
                  "printf token=; head -c 3000 /dev/zero | tr '\\0' q\n"

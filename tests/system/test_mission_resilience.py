@@ -14,7 +14,7 @@ import servers
 import support
 
 
-def test_storage_that_vanishes_fails_only_the_task_that_wants_space_there(
+def test_vanished_storage_fails_only_the_task_that_requires_space_there(
         scratch):
     scratch.storage("out")
     scratch.task("a", 'rmdir "$OUT_DIR"')
@@ -123,7 +123,7 @@ def test_success_ping_is_not_sent_when_the_metrics_cannot_be_written(
     assert scratch.history()[-1]["result"] == "undelivered"
 
 
-def test_full_temporary_directory_does_not_keep_mail_from_going_out(scratch):
+def test_mail_is_sent_with_a_full_temporary_directory(scratch):
     mails = scratch.keep_mail(start=False)
     scratch.task("a", "echo a")
     scratch.patch("""
@@ -166,7 +166,7 @@ UNDELIVERED = {
 
 
 @pytest.mark.parametrize("mistake", UNDELIVERED)
-def test_delivery_that_cannot_work_stops_no_task_and_gives_74(
+def test_impossible_delivery_stops_no_task_and_is_exit_status_74(
         scratch, served, mistake):
     alarmed(scratch, served)
     UNDELIVERED[mistake](scratch.config)
@@ -221,7 +221,7 @@ def test_invalid_filter_keeps_the_log_out_of_mail_and_ping(scratch, served):
 @pytest.mark.parametrize("options", [
     pytest.param({"chown": True}, marks=support.root_only),
     {"commit": True}, {}])
-def test_missing_storage_is_an_error_of_its_housekeeping_alone(
+def test_missing_storage_is_an_error_only_of_its_housekeeping(
         scratch, served, options):
     alarmed(scratch, served)
     out = scratch.storage("out", **options)
@@ -258,7 +258,7 @@ def test_chown_of_a_directory_of_the_system_is_refused_and_tasks_run(
     assert scratch.outcomes() == {"a": "ok"}
 
 
-def test_task_of_an_unknown_user_fails_alone(scratch, served):
+def test_only_the_task_of_an_unknown_user_fails(scratch, served):
     alarmed(scratch, served)
     scratch.task("b", "echo b", user="nosuchuser")
     assert "nosuchuser" in scratch.mission("check").err
@@ -267,7 +267,7 @@ def test_task_of_an_unknown_user_fails_alone(scratch, served):
 
 
 @support.root_only
-def test_program_on_a_noexec_mount_is_named_as_such(scratch, host):
+def test_error_of_a_program_on_a_noexec_mount_names_the_mount(scratch, host):
     scratch.host = host
     scratch.task("a", "echo a")
     host.setup.append(f"mount --bind '{scratch.tasks}' '{scratch.tasks}' && "
@@ -310,7 +310,7 @@ def test_run_that_cannot_begin_sends_the_failure_mail_and_ping(
 
 
 @pytest.mark.parametrize("section", ["mail", "ping"])
-def test_alert_leaves_out_a_section_that_is_invalid_itself(
+def test_alert_is_sent_without_the_sections_that_are_invalid(
         scratch, served, section):
     alarmed(scratch, served)
     scratch.config[section]["nonsense"] = 1
@@ -319,7 +319,7 @@ def test_alert_leaves_out_a_section_that_is_invalid_itself(
     assert len(served.asked()) == (section == "mail")
 
 
-def test_alert_asks_for_no_password(scratch, served):
+def test_alert_fetches_no_password(scratch, served):
     alarmed(scratch, served)
     scratch.fake_pass("touch asked; echo secret")
     scratch.config["mail"] = {"enabled": True, "type": "smtp", "smtp": {
@@ -333,7 +333,7 @@ def test_alert_asks_for_no_password(scratch, served):
 @pytest.mark.parametrize("change, mails, pings", [
     ({"mail": {"on": "never"}}, 0, 1), ({"ping": {"fail": False}}, 1, 0),
     ({"mail": {"on": "failure"}}, 1, 1)])
-def test_alert_honours_what_the_configuration_wants(
+def test_alert_follows_ping_fail_and_mail_on(
         scratch, served, change, mails, pings):
     alarmed(scratch, served)
     for section, values in change.items():
@@ -389,7 +389,7 @@ def test_untrusted_configuration_is_used_for_nothing(scratch, served):
 # --- the lock ----------------------------------------------------------------
 
 
-def test_no_variable_moves_the_lock(scratch, tmp_path):
+def test_variables_do_not_change_the_path_of_the_lock(scratch, tmp_path):
     scratch.patches.remove(support.LOCK_IN_STATE)
     homes = [tmp_path / "one", tmp_path / "two"]
     gate = scratch.folder / "gate"
@@ -417,7 +417,8 @@ def test_no_variable_moves_the_lock(scratch, tmp_path):
         shutil.rmtree(path)
 
 
-def test_relative_paths_start_from_the_file_behind_a_link(scratch, tmp_path):
+def test_relative_paths_start_from_the_target_of_a_symbolic_link(
+        scratch, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     scratch.config["storage"]["tasks"]["path"] = "tasks"
@@ -474,7 +475,7 @@ def test_run_under_nohup_ignores_a_hangup(scratch):
     assert result.code == 0, result
 
 
-def test_umask_of_a_run_is_not_that_of_the_caller(scratch):
+def test_run_does_not_inherit_the_umask_of_the_caller(scratch):
     out = scratch.storage("out")
     scratch.task("a", 'date > "$OUT_DIR/f"; umask')
     old = os.umask(0)

@@ -97,7 +97,7 @@ def test_tasks_run_in_order_then_chown_then_commit_then_post_tasks(scratch):
                         commit_subjects(sync)[0])
 
 
-def test_a_run_of_post_tasks_alone_commits_nothing(scratch):
+def test_run_of_only_post_tasks_commits_nothing(scratch):
     sync = init_repository(scratch.storage("sync", commit=True))
     scratch.task("late", 'echo x > "$SYNC_DIR/file"', post=True)
     result = scratch.mission("run")
@@ -105,7 +105,7 @@ def test_a_run_of_post_tasks_alone_commits_nothing(scratch):
     assert log_titles(result.out) == ["Start", "Task: Late", "Finish"]
 
 
-def test_t_runs_the_named_tasks_in_the_order_given(scratch):
+def test_option_t_runs_the_named_tasks_in_the_given_order(scratch):
     for slug in ("a", "b", "c"):
         scratch.task(slug, f"echo {slug}", scheduled=slug != "c")
     result = scratch.mission("run", "-t", "c", "--task", "a")
@@ -113,7 +113,7 @@ def test_t_runs_the_named_tasks_in_the_order_given(scratch):
     assert log_titles(result.out) == ["Start", "Task: C", "Task: A", "Finish"]
 
 
-def test_the_log_looks_like_the_originals(scratch):
+def test_log_has_the_format_of_the_original(scratch):
     scratch.task("hello", "echo one\necho two >&2\nprintf three",
                  name="Say hello")
     log = scratch.mission("run").out
@@ -165,7 +165,7 @@ def test_problems_are_shown_at_once_and_again_in_the_summaries(scratch):
     assert log_titles(result.out)[-3:] == ["Finish", "Warnings", "Errors"]
 
 
-def test_a_headless_run_writes_a_private_log_and_nothing_else(scratch):
+def test_headless_run_writes_a_private_log_and_prints_nothing(scratch):
     scratch.task("hello", "echo hello")
     first = scratch.headless()
     second = scratch.headless()
@@ -239,7 +239,7 @@ def broken_script(scratch):
     ("check",             broken_script, 78, r"hello"),
     ("-c none.json run",  failing,       78, r"none\.json"),
 ])
-def test_each_status_has_its_number_and_its_word(
+def test_each_result_has_its_exit_status_and_message(
         scratch, args, setup, code, told):
     setup(scratch)
     result = scratch.mission(*args.split())
@@ -251,7 +251,7 @@ def test_each_status_has_its_number_and_its_word(
         one_line(result)
 
 
-def test_all_well_is_silent_on_stderr(scratch):
+def test_successful_run_prints_nothing_to_stderr(scratch):
     scratch.task("hello")
     for args in ("run", "run --headless", "list", "list -v", "list --json",
                  "check", "dump", "history", "history --json", "log",
@@ -273,14 +273,14 @@ def test_an_unknown_slug_names_the_nearest_and_nothing_runs(scratch):
     "list -v", "-v list", "list --verbose", "--verbose list",
     "-C list -v", "list -v -C", "list -v --no-color",
 ])
-def test_options_stand_before_or_after_the_command(scratch, args):
+def test_options_are_accepted_before_and_after_the_command(scratch, args):
     scratch.task("hello", scheduled=False)
     result = scratch.mission(*args.split())
     assert (result.code, result.err) == (0, "")
     assert "Hello" in result.out and "manual" in result.out
 
 
-def test_the_configuration_may_be_named_behind_the_command(scratch):
+def test_option_c_is_accepted_after_the_command(scratch):
     scratch.task("hello")
     scratch.write()
     for options in (["-c", str(scratch.path)],
@@ -318,7 +318,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(scratch, ran_before):
 # needs, parallel, retries, timeout, user, nice, env, minFree -----------------
 
 
-def test_needs_skips_what_hangs_on_a_failure_and_only_that(scratch):
+def test_failed_task_skips_only_the_tasks_that_need_it(scratch):
     scratch.task("mount", "exit 1")
     scratch.task("copy", "exit 0", needs=["mount"])
     scratch.task("check", "exit 0", needs=["copy"])
@@ -330,7 +330,7 @@ def test_needs_skips_what_hangs_on_a_failure_and_only_that(scratch):
     assert scratch.outcomes() == {"mount": "failed", "copy": "skipped"}
 
 
-def test_a_parallel_group_runs_side_by_side_with_whole_marked_lines(scratch):
+def test_tasks_of_a_group_run_in_parallel_with_complete_marked_lines(scratch):
     meet = scratch.make("meet")
     # Each waits for the other's line: one after the other they would hang.
     for slug, mine in (("left", "l"), ("right", "r")):
@@ -358,7 +358,7 @@ def test_a_parallel_group_runs_side_by_side_with_whole_marked_lines(scratch):
         > max(i for i, text in enumerate(said) if "-end" in text)
 
 
-def test_a_task_is_tried_again_and_each_attempt_is_in_the_log(scratch):
+def test_failed_task_is_retried_and_each_attempt_is_logged(scratch):
     scratch.task("flaky", """
         echo attempt >> ../tries
         [ $(wc -l < ../tries) -ge 3 ] || exit 9
@@ -374,14 +374,14 @@ def test_a_task_is_tried_again_and_each_attempt_is_in_the_log(scratch):
     assert result.code == 1 and "1 error" in one_line(result)
 
 
-def test_a_task_that_was_good_in_the_end_makes_a_good_run(scratch):
+def test_run_succeeds_if_the_last_attempt_of_a_task_succeeds(scratch):
     scratch.task("flaky", "[ -e ../again ] || { touch ../again; exit 1; }",
                  retries=1, retryDelay="0s")
     result = scratch.mission("run")
     assert (result.code, result.err) == (0, "")
 
 
-def test_a_task_over_its_time_is_asked_to_end_and_has_failed(scratch):
+def test_task_over_its_time_limit_gets_sigterm_and_fails(scratch):
     scratch.task("slow", """
         trap 'echo cleaned up; exit 0' TERM
         sleep 100 & wait
@@ -394,7 +394,7 @@ def test_a_task_over_its_time_is_asked_to_end_and_has_failed(scratch):
     assert "next" in log_texts(result.out)
 
 
-def test_a_task_that_will_not_end_is_killed_with_its_children(scratch):
+def test_task_that_ignores_sigterm_is_killed_with_its_children(scratch):
     scratch.patch(TERM_TO_KILL=1)
     pids = scratch.folder / "pids"
     scratch.task("deaf", """
@@ -437,7 +437,7 @@ def test_nice_and_env_reach_the_task(scratch):
     assert "good $HOME morning" in said
 
 
-def test_a_task_without_the_free_space_it_wants_is_not_started(scratch):
+def test_task_without_its_required_free_space_is_not_started(scratch):
     scratch.storage("sync")
     scratch.task("big", "touch ../ran", minFree={"sync": "900000T"})
     scratch.task("small", "echo small", minFree={"sync": "1K"})
@@ -448,7 +448,7 @@ def test_a_task_without_the_free_space_it_wants_is_not_started(scratch):
                      log_section(result.out, "Errors"))
 
 
-def test_a_broken_script_fails_its_task_alone(scratch):
+def test_invalid_script_fails_only_its_task(scratch):
     scratch.task("crlf", "#!/bin/sh\r\necho x\r\n")
     scratch.task("lost", "#!/no/such/interpreter\n")
     scratch.task("plain").chmod(0o644)
@@ -511,7 +511,7 @@ def test_history_shows_start_duration_and_result(scratch):
     assert len(scratch.mission("history", "-n", "1").out) < len(text)
 
 
-def test_log_shows_the_newest_run_or_the_named_one(scratch):
+def test_log_prints_the_newest_run_or_the_named_one(scratch):
     scratch.task("hello", 'echo "run $MISSION_RUN_ID"')
     scratch.headless()
     scratch.headless()
@@ -542,7 +542,8 @@ def test_logs_keep_removes_the_oldest_run_logs_and_no_other_file(scratch):
     assert all((scratch.logs / name).exists() for name in strangers)
 
 
-def test_metrics_are_prometheus_text_put_in_place_whole(scratch):
+def test_metrics_file_is_valid_prometheus_text_and_replaced_atomically(
+        scratch):
     folder = scratch.make("metrics")
     file = folder / "mission.prom"
     scratch.config["metrics"] = {"textfile": str(file)}
@@ -566,7 +567,7 @@ def test_metrics_are_prometheus_text_put_in_place_whole(scratch):
 # init, list, check, dump, new, completion ------------------------------------
 
 
-def test_init_writes_the_sample_and_never_over_a_file(tmp_path):
+def test_init_writes_the_sample_and_never_overwrites_a_file(tmp_path):
     sample = (support.ROOT / "mission.sample.json").read_bytes()
     result = bare(tmp_path, "init")
     written = tmp_path / "mission.config.json"
@@ -649,7 +650,7 @@ def test_new_makes_a_task_that_check_accepts(scratch):
 
 
 @pytest.mark.parametrize("slug", ["../x", "Photos", "-x", "a/b", "", "a\n"])
-def test_new_refuses_a_bad_slug(scratch, slug):
+def test_new_refuses_an_invalid_slug(scratch, slug):
     scratch.task("hello")
     before = listing(scratch.tasks)
     assert scratch.mission("new", "--", slug).code == 2
@@ -660,7 +661,7 @@ COMMANDS = "init run list check dump history log new completion".split()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_is_a_script_the_shell_can_read(tmp_path, shell):
+def test_completion_is_a_valid_script_of_its_shell(tmp_path, shell):
     result = bare(tmp_path, "completion", shell)
     assert (result.code, result.err) == (0, "")
     for word in (*COMMANDS, "headless", "dry-run", "task", "config"):
@@ -671,7 +672,7 @@ def test_completion_is_a_script_the_shell_can_read(tmp_path, shell):
         subprocess.run([shell, "-n", str(script)], check=True)
 
 
-def test_completion_completes_in_bash(scratch):
+def test_bash_completes_commands_and_options(scratch):
     support.need("bash")
     scratch.task("photos")
     scratch.task("mail")
@@ -703,7 +704,7 @@ def test_completion_completes_in_bash(scratch):
 # The terminal ----------------------------------------------------------------
 
 
-def test_colour_is_for_a_terminal_that_wants_it(scratch):
+def test_colour_is_used_only_on_a_terminal_without_no_color(scratch):
     scratch.task("hello")
     assert "\x1b[" in on_terminal(scratch, "list", "-v")
     assert "\x1b[" not in on_terminal(scratch, "list", "-v", "-C")
@@ -711,7 +712,7 @@ def test_colour_is_for_a_terminal_that_wants_it(scratch):
     assert "\x1b[" not in scratch.mission("list", "-v").out
 
 
-def test_a_status_line_is_shown_on_a_terminal_and_nowhere_else(scratch):
+def test_status_line_is_shown_only_on_a_terminal(scratch):
     scratch.task("one", "sleep 1.5")
     scratch.task("two", "echo two")
     shown = on_terminal(scratch, "run")

@@ -172,7 +172,7 @@ def run(result="ok", at=1000.0, partial=False, **tasks) -> dict:
     ([run(at=1000.0, partial=True, a="ok", b="ok")], None, 3),
     ([], None, 3),
 ])
-def test_history_decides_the_health(runs, max_age, expected):
+def test_health_is_determined_by_the_history(runs, max_age, expected):
     status, reasons = mission.health(["a", "b"], runs, max_age, 1100.0)
     assert status == expected, reasons
     assert bool(reasons) == (expected != 0)

@@ -62,7 +62,8 @@ def test_path_is_walked_again_when_the_task_starts(private, host):
     assert f"{home} cannot be searched by mallory" in result.out
 
 
-def test_access_control_list_that_lets_the_user_pass_is_seen(private, host):
+def test_access_control_list_that_lets_the_user_pass_is_honoured(
+        private, host):
     private.task("dump", "id -un", user=support.MALLORY)
     support.set_acl(host.home["alice"], (support.ACL_USER, 1, MALLORY),
                     mask=1)
@@ -99,7 +100,7 @@ def shared(alice, host):
     return folder
 
 
-def test_files_of_a_tasks_user_stay_theirs_night_after_night(alice, shared):
+def test_files_of_the_user_of_a_task_stay_theirs_in_every_run(alice, shared):
     alice.task("dump", 'date > "$LOCAL_DIR/pg/all.sql"', user=support.MALLORY)
     alice.task("own", 'date > "$LOCAL_DIR/own"')
     for _ in range(2):
@@ -114,7 +115,8 @@ def test_files_of_a_tasks_user_stay_theirs_night_after_night(alice, shared):
                         f"{shared}/pg/all.sql")
 
 
-def test_file_of_root_in_their_directory_is_given_over(alice, shared):
+def test_file_of_root_in_a_directory_of_the_task_user_is_chowned(
+        alice, shared):
     alice.task("dump", "true", user=support.MALLORY)
     alice.task("own", 'date > "$LOCAL_DIR/pg/roots"')
     assert alice.headless().code == 0
