@@ -11226,6 +11226,12 @@ def rounded(seconds: float | None) -> float | None:
     return seconds and round(seconds, 3)
 
 
+def in_milliseconds(entries: list) -> list:
+    """Return the entries of a run history bar, their times rounded."""
+    return [(run, rounded(at), rounded(took), code)
+            for run, at, took, code in entries]
+
+
 def quantile(ordered: list, part: float) -> float:
     """Return the value that this part of all is not above."""
     return ordered[min(int(len(ordered) * part), len(ordered) - 1)]
@@ -13411,14 +13417,14 @@ create table unindexed (run integer primary key);
                 "cut": bool(row["cut"]), "args": json.loads(row["args"])}
 
     def history(self, db: Database, job: int) -> list[tuple]:
-        """Return the entries of a job's run history bar, the oldest
-        first."""
+        """Return the entries of a job's run history bar, the oldest first:
+        (run, time, seconds, outcome code)."""
         rows = db.execute(
             "select id, coalesce(started, due, requested_at, ended), "
             "max(ended - started, 0.0), state, exit, signal, reason from runs "
             "where job = ? order by id desc limit ?", job,
             HISTORY_BAR).fetchall()
-        return [(run, rounded(at), rounded(took), outcome_code(*how))
+        return [(run, at, took, outcome_code(*how))
                 for run, at, took, *how in reversed(rows)]
 
     def active(self, db: Database, job: int) -> list[int]:
@@ -14935,10 +14941,11 @@ class Overview:
         """Return a run as it is shown, its job, the runs next to it, and the
         last lines of one that failed. Raises Error."""
         row = self.runs.find(db, run)
-        job = self.hosts.job(db, row["job"])
+        job = self.job(db, self.hosts.job(db, row["job"]))
+        job["recent_runs"] = in_milliseconds(job["recent_runs"])
         lines = last_lines(self.runs.frames(db, run), True) \
             if code_of(row) in BAD_CODES else []
-        return {"run": self.runs.shape(row), "job": self.job(db, job),
+        return {"run": self.runs.shape(row), "job": job,
                 "lines": lines, **self.runs.neighbours(db, run, job["id"])}
 
     def changed_job(self, db: Database, job: int, changed: dict) -> dict:
@@ -14946,8 +14953,8 @@ class Overview:
         the run history bar that have changed. Raises Error."""
         shown = self.job(db, self.hosts.job(db, job))
         runs = changed.get("runs", ())
-        shown["new_runs"] = [entry for entry in shown.pop("recent_runs")
-                             if entry[0] in runs]
+        shown["new_runs"] = in_milliseconds([
+            entry for entry in shown.pop("recent_runs") if entry[0] in runs])
         return shown
 
     def describe_changes(self, db: Database, changed: dict,
@@ -16461,9 +16468,13 @@ def gzip_parts(parts) -> bytes:
     never shows what two of them have in common; level 0 only copies.
     """
     import zlib
+    # A full flush forgets all text, and costs less than a new compressor.
+    compressors = {level: zlib.compressobj(level, zlib.DEFLATED,
+                                           -zlib.MAX_WBITS)
+                   for _, level in parts}
     found, crc, size = [b"\x1f\x8b\x08" + bytes(6) + b"\xff"], 0, 0
     for text, level in parts:
-        compressor = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
+        compressor = compressors[level]
         found += compressor.compress(text), compressor.flush(
             zlib.Z_FULL_FLUSH)
         crc, size = zlib.crc32(text, crc), size + len(text)
@@ -17901,9 +17912,9 @@ def state_parts(state: dict) -> list[tuple[bytes, int]]:
     compression (see gzip_parts).
 
     Who sees how long an encrypted answer is, and chooses a text in it, could
-    guess a secret that is compressed with that text (BREACH). So keys, and
-    what can ping a check, are only copied, and the jobs of one user of a
-    host are compressed apart from those of others. The page sends a token
+    guess a secret that is compressed with that text (BREACH). So keys and
+    the UUIDs of checks are only copied, and each check, and the jobs of one
+    user of a host, are compressed apart from others. The page sends a token
     and no cookie: other pages cannot have the state requested.
 
     Jobs are encoded one by one. json holds the interpreter's lock for a
@@ -17914,10 +17925,16 @@ def state_parts(state: dict) -> list[tuple[bytes, int]]:
     def owner(job: dict) -> tuple:
         return job["host"], job["user"]
 
-    rest = {name: value for name, value in state.items() if name != "jobs"}
-    rest["checks"] = [{**check, "recent_runs": pack_history(
-        check["recent_runs"])} for check in state["checks"]]
-    parts, comma = [(f'{compact_json(rest)[:-1]},"jobs":[', 0)], ""
+    rest = {name: value for name, value in state.items()
+            if name not in ("jobs", "checks")}
+    parts, comma = [(f'{compact_json(rest)[:-1]},"checks":[', 0)], ""
+    for check in state["checks"]:
+        shown = {**check, "recent_runs": pack_history(check["recent_runs"])}
+        uuid = compact_json(shown.pop("id"))
+        parts += ((f'{comma}{{"id":{uuid},', 0),
+                  (compact_json(shown)[1:], 6))
+        comma = ","
+    parts, comma = [*parts, ('],"jobs":[', 0)], ""
     for _, jobs in groupby(sorted(state["jobs"], key=owner), owner):
         rows = ",".join(compact_json({**job, "recent_runs": pack_history(
             job["recent_runs"])}) for job in jobs)

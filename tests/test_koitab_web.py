@@ -11,6 +11,7 @@ import json
 import random
 import re
 import xml.etree.ElementTree
+import uuid
 import zlib
 
 import pytest
@@ -481,6 +482,39 @@ def test_length_of_the_compressed_state_reveals_no_secret():
     assert abs(right - wrong) < 6       # other digits, not fewer
     assert len(zlib.compress((secret + secret).encode())) + 30 \
         < len(zlib.compress((secret + other).encode()))
+
+
+def test_name_of_a_check_reveals_no_uuid_by_the_length_of_the_state():
+    """Whoever has the ping key chooses the names of new checks."""
+    uuids = [str(uuid.UUID(bytes=random.Random(seed).randbytes(16)))
+             for seed in (7, 8)]
+    right, wrong = (len(koitab.gzip_parts(koitab.state_parts({
+        **state_with("a", "b"), "checks": [
+            {"id": uuids[0], "name": "x", "recent_runs": []},
+            {"id": "y", "name": f"is it {guess}", "recent_runs": []}]})))
+        for guess in uuids)
+    assert abs(right - wrong) < 6
+
+
+def test_state_of_300_jobs_and_100_checks_has_at_most_200_kb():
+    chance = random.Random(9)
+
+    def history() -> list:
+        return [(number * 301, 1.8e9 + number * 300 + chance.random(),
+                 chance.uniform(1, 20), chance.choice("oooooof"))
+                for number in range(90)]
+    run = {"started": 1.8e9, "ended": 1.8e9 + 7.125, "exit": 0, "args": {},
+           "line": "17,204 files, 3 changed", "trigger": "schedule"}
+    state = {"checks": [{
+        "id": str(uuid.UUID(bytes=chance.randbytes(16))),
+        "name": f"Check {number}", "desc": "Ask in the office.", "period":
+        86400, "words": "every day", "recent_runs": history()}
+        for number in range(100)], "jobs": [{
+            "id": number, "host": f"{number % 20:032x}", "user": "root",
+            "tag": chance.randbytes(4).hex(), "name": f"Job {number}",
+            "command": f"/usr/local/bin/job --number {number} | logger",
+            "last": run, "recent_runs": history()} for number in range(300)]}
+    assert len(koitab.gzip_parts(koitab.state_parts(state))) < 200_000
 
 
 @pytest.mark.parametrize("value", ["a\r\nB: c", "a\nb", "ä", "\0", "\x1b"])
