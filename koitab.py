@@ -19000,7 +19000,8 @@ label, .label { font-weight: 600; font-size: 13px; }
 .field > span { font-size: 13px; }
 .field > span:empty { display: none; }
 .field input:not([type=checkbox]), .field textarea { width: 100%; }
-.field.is-int input, .field.is-date input { width: 220px; }
+.field.is-int input, .field.is-date input, .field input[type=number] {
+  width: 220px; }
 .field textarea { min-height: 92px; font-family: var(--mono);
   font-size: 13px; resize: vertical; }
 .field select { align-self: flex-start; min-width: 220px; }
@@ -19027,7 +19028,8 @@ details.card { margin-top: 14px; padding: 10px 14px; }
 details.card > * + * { margin-top: 12px; }
 details h3 { font-size: 13px; font-weight: 600; }
 .part { margin-top: 26px !important; }
-.part > * + *, .channels > * + * { margin-top: 8px; }
+.part > * + * { margin-top: 8px; }
+.channels > * + *, .alerts + .btn { margin-top: 10px; }
 .part h2 { font-size: 15px; }
 table.list { width: 100%; border-collapse: separate; border-spacing: 0;
   background: var(--card); border: 1px solid var(--line);
@@ -19172,6 +19174,9 @@ dialog > * + * { margin-top: 12px; }
   #top nav .more { display: flex; }
   #top nav:has(a[aria-current]:nth-last-of-type(-n+3)) .more {
     color: var(--ink); font-weight: 600; }
+  .alerts .what { flex-basis: 100%; order: 1; }
+  .alerts .row-actions { order: 2; }
+  .alerts li > .muted { margin-left: auto; }
   .dayrow { grid-template-columns: minmax(0, 1fr); padding: 3px 12px; }
   .dayrow > a { padding: 0; }
 }
@@ -19466,12 +19471,32 @@ const select = (facts, options, chosen) => el("select", facts, options.map(
   ([value, text = value]) => el("option", { value, text,
     selected: value === chosen })));
 
-// A label, its input with what is next to it, and words of help.
+// A label, its input with what is next to it, words of help, and a place for
+// the error of the input.
 function field(label, input, help = "", row = input) {
-  if (help) input.setAttribute("aria-describedby", `${input.id}-help`);
-  return el("div", { class: "field" }, el("label", { for: input.id,
-    text: label }), row, help && el("span", { class: "muted",
-    id: `${input.id}-help`, text: help }));
+  const { id } = input;
+  input.setAttribute("aria-describedby", `${id}-error ${id}-help`);
+  return el("div", { class: "field" }, el("label", { for: id, text: label }),
+    row, el("span", { class: "error", id: `${id}-error`, role: "alert" }),
+    el("span", { class: "muted", id: `${id}-help`, text: help }));
+}
+
+// Shows an error of the server at the field that it names, or at `usual`;
+// "" removes all errors.
+function showFieldError(fields, error, usual) {
+  if (error && !(error instanceof ApiError)) throw error;
+  const named = error && error.message.replace("zone", "tz").match(/\w+/g)
+    .find((word) => Object.hasOwn(fields, word)) || usual;
+  for (const [name, { root }] of Object.entries(fields)) {
+    const isWrong = Boolean(error) && name === named;
+    const input = $("input, select, textarea", root);
+    const place = $(".error", root);
+    if (place) place.textContent = isWrong ? error.text() : "";
+    input.setAttribute("aria-invalid", String(isWrong));
+    if (!isWrong) continue;
+    input.closest("details")?.setAttribute("open", "");
+    input.focus();
+  }
 }
 
 const checkbox = (input, text) => el("div", { class: "field check" }, input,
@@ -23621,8 +23646,10 @@ function timeField(id, label, seconds, help, least = 60) {
 }
 
 function textField(id, label, value, help, facts = {}) {
-  const input = el(facts.rows ? "textarea" : "input", { id, value,
-    autocomplete: "off", spellcheck: "false", ...facts });
+  const { options } = facts;
+  const input = options ? select({ id }, options.map((one) => [one]), value)
+    : el(facts.rows ? "textarea" : "input", { id, value,
+      autocomplete: "off", spellcheck: "false", ...facts });
   return { value: () => input.value.trim(), root: field(label, input, help) };
 }
 
@@ -23687,29 +23714,28 @@ function checkForm(id, old) {
   const kind = select({ id: "c-kind", onchange: () => showKind() },
     [["simple", "every so often"], ["cron",
       "by a schedule, as in crontab"]], old.kind);
-  const failed = el("p", { class: "error", role: "alert" });
   function showKind() {
     const isCron = kind.value === "cron";
     root("period").hidden = $("input", root("period")).disabled = isCron;
     root("schedule").hidden = root("tz").hidden = !isCron;
   }
   showKind();
-  return form({ class: "runform" }, () => saveCheck(id, kind.value, fields,
-    failed), root("name"), field("It pings", kind), ...["period", "schedule",
-    "tz", "grace"].map(root), el("details", { class: "card" },
-    el("summary", { text: "More" }), ["slug", "tags", "desc", "start_within",
-      "run_limit", "manual_resume", "methods"].map(root)), failed,
+  return form({ class: "runform" }, () => saveCheck(id, kind.value, fields),
+    root("name"), field("It pings", kind), ...["period", "schedule",
+      "tz", "grace"].map(root), el("details", { class: "card" },
+      el("summary", { text: "More" }), ["slug", "tags", "desc",
+        "start_within", "run_limit", "manual_resume", "methods"].map(root)),
   el("div", { class: "actions" }, submitButton(id ? "Save" : "Create"),
     linkButton(id ? `#/check/${id}` : "#/jobs", "Cancel",
       { class: "btn quiet" })));
 }
 
 // Creates or changes the check and shows it, or the error in the form.
-async function saveCheck(id, kind, fields, failed) {
+async function saveCheck(id, kind, fields) {
   const body = Object.fromEntries(Object.entries(fields).map(([name, one]) =>
     [name, one.value()]));
   Object.assign(body, { kind, methods: body.methods ? "POST" : "" });
-  failed.textContent = "";
+  showFieldError(fields);
   try {
     const saved = id || (await post("checks", body)).id;
     if (id) await post(`checks/${id}`, { do: "edit", ...body });
@@ -23719,8 +23745,7 @@ async function saveCheck(id, kind, fields, failed) {
     }
     go(`check/${saved}`);
   } catch (error) {
-    if (!(error instanceof ApiError)) throw error;
-    failed.textContent = error.text();
+    showFieldError(fields, error, "name");
   }
 }
 
@@ -23728,17 +23753,16 @@ async function saveCheck(id, kind, fields, failed) {
 
 // #/alerts
 function alertsView(place, root) {
-  const list = el("div");
-  const channels = el("div", { class: "channels" });
-  root.append(el("h1", { text: "Alerts" }), list, section("Who is told",
-    channels));
+  const list = el("div"), channels = new Channels();
+  root.append(el("h1", { text: "Alerts" }), list, section("Notifications",
+    channels.root));
   const draw = () => redraw(list, () => [alertList()]);
   draw();
-  showLoaded(channels, () => get("channels"), (answer) =>
-    showChannels(channels, answer.channels));
+  showLoaded(channels.root, () => get("channels"), (answer) =>
+    channels.show(answer.channels));
   if (isOperator()) {
     const settings = el("div");
-    root.append(section("When it alerts", settings));
+    root.append(section("Alert rules", settings));
     showLoaded(settings, () => get("settings"), (answer) =>
       settings.replaceChildren(settingsForm(answer)));
   }
@@ -23798,22 +23822,38 @@ function alertItem(alert) {
     snoozeBox(one)));
 }
 
-const CHANNEL_HELP = { mail: ["Address", "ann@example.org"], webhook: [
-  "URL that gets a POST with JSON", "https://chat.example.org/hook"],
-ntfy: ["Topic\u2019s URL", "https://ntfy.sh/my-topic"],
-smtp: ["Address", "ann@example.org"] };
-const SENDER = ["from", "Sender", "Empty: koi@ and this host."];
-// What a channel may have: name, label, help, attributes of its field.
-const CHANNEL_OPTIONS = { mail: [SENDER], ntfy: [], webhook: [
-  ["headers", "Headers", "One a line: NAME: VALUE.", { rows: 2 }],
-  ["body", "Body", "JSON with {{title}}, {{text}} and others, as README "
-    + "says. Empty: koi\u2019s own.", { rows: 4 }]], smtp: [
-  ["host", "Mail server", "", { required: true }],
-  ["port", "Port", "Empty: the usual one.", { type: "number", min: 1,
-    max: 65535 }],
-  ["security", "Security", "starttls, tls or none. Empty: starttls.",
-    { pattern: "starttls|tls|none" }], ["user", "User", ""],
-  ["password", "Password", "", { type: "password" }], SENDER] };
+const SENDER = ["from", "Sender", "Empty: koi@ and the name of this machine."];
+// What a channel may have, by its kind: the kind in words; label, example and
+// type of its target; for each option name, label, help, facts of its field.
+const CHANNEL_KINDS = {
+  mail: ["Email, by sendmail", "Email address", "ann@example.org", "email",
+    [SENDER]],
+  smtp: ["Email, by a mail server", "Email address", "ann@example.org",
+    "email", [["host", "Mail server", "For example mail.example.org.",
+      { required: true }],
+    ["port", "Port", "Empty: the usual one.", { type: "number", min: 1,
+      max: 65535 }],
+    ["security", "Encryption", "", { options: ["starttls", "tls", "none"] }],
+    ["user", "User", "Empty: the server asks for none."],
+    ["password", "Password", "", { type: "password",
+      autocomplete: "new-password" }], SENDER]],
+  webhook: ["Webhook", "URL", "https://chat.example.org/hook", "url",
+    [["headers", "Headers", "One per line: NAME: VALUE.", { rows: 2 }],
+      ["body", "Body", "JSON with {{title}}, {{text}} and others. Empty: "
+        + "koi\u2019s own. See: koitab help alerts.", { rows: 4 }]]],
+  ntfy: ["ntfy", "URL of the topic", "https://ntfy.sh/my-topic", "url", []],
+};
+
+// Returns the fields of a channel by name: its target and its options.
+function channelFields(kind, { target = "", options = {} }) {
+  const [, label, example, type, more] = CHANNEL_KINDS[kind];
+  const { headers } = options, written = { ...options, headers: headers
+    && Object.entries(headers).map((one) => one.join(": ")).join("\n") };
+  return { target: textField("channel-target", label, target, "", { type,
+    required: true, placeholder: example }), ...Object.fromEntries(more.map(
+    ([name, words, help, facts]) => [name, textField(`channel-${name}`,
+      words, written[name] ?? "", help, facts)])) };
+}
 
 // Returns the options of a channel from its fields; empty ones are left out.
 function readOptions(fields) {
@@ -23829,64 +23869,130 @@ function readOptions(fields) {
   return options;
 }
 
-// Shows the channels, and draws them again after each change.
-function showChannels(root, channels) {
-  const send = (body, done) => withToast(async () => {
-    const { error } = await post("channels", body);
-    showToast(error ? `Not delivered: ${visible(error)}` : done,
-      error && "bad");
-    showChannels(root, (await get("channels")).channels);
-  });
-  const act = (words, action, id, done) => button(words, () =>
-    send({ do: action, id }, done));
-  const items = channels.map(({ id, kind, target, error, last }) => el("li",
-    {}, el("b", { text: kind }), el("div", { class: "what" }, el("span",
-      { text: target }), error && el("div", { class: "error",
-      text: visible(error) })), muted(last ? ["told ", timeNode(last)]
-      : "not used yet"), isOperator() && el("span", { class: "row-actions" },
-      act("Test", "test", id, "Delivered"),
-      act("Delete", "delete", id, "Deleted"))));
-  root.replaceChildren(items.length ? el("ul", { class: "alerts" }, items)
-    : mutedLine("Nobody yet: what goes wrong shows on this page alone."),
-  isOperator() ? channelForm(send) : "");
-}
+// The channels that notifications go to, and the form that adds or changes
+// one. Only the list is drawn again, never a form that someone types in.
+class Channels {
+  constructor() {
+    Object.assign(this, { list: el("div"), editor: el("div"),
+      root: el("div", { class: "channels" }), sending: new Set() });
+    this.root.append(this.list, this.editor);
+    this.close();
+  }
 
-// Returns the form that adds a channel.
-function channelForm(send) {
-  const kind = select({ "aria-label": "By", onchange: () => show() },
-    Object.keys(CHANNEL_HELP).map((text) => [text]));
-  const target = el("input", { required: true, autocomplete: "off",
-    spellcheck: "false" });
-  const options = el("div");
-  let fields = {};
-  const show = () => {
-    const [label, example] = CHANNEL_HELP[kind.value];
-    setAttributes(target, { "aria-label": label, placeholder: example,
-      type: ["mail", "smtp"].includes(kind.value) ? "email" : "url" });
-    fields = Object.fromEntries(CHANNEL_OPTIONS[kind.value].map(
-      ([name, words, help, facts]) => [name, textField(`channel-${name}`,
-        words, "", help, facts)]));
-    options.replaceChildren(...Object.values(fields).map(
-      (one) => one.root));
-  };
-  show();
-  return form({}, () => send({ kind: kind.value, target: target.value,
-    options: readOptions(fields) }, "Added"), el("div", { class: "oneline" },
-    kind, target, submitButton("Add", { class: "btn" })), options);
+  show(channels = this.channels) {
+    this.channels = channels;
+    redraw(this.list, () => [channels.length ? el("ul", { class: "alerts" },
+      channels.map((one) => this.item(one))) : mutedLine("No notifications "
+      + "set up. Problems only show on this page.")]);
+  }
+
+  async reload() {
+    this.show((await get("channels")).channels);
+  }
+
+  // Returns the line of a channel: what it is, how the last delivery went.
+  item(channel) {
+    const { id, kind, target, error, last } = channel;
+    const isSending = this.sending.has(id);
+    const word = isSending ? "Sending\u2026" : "Test";
+    return el("li", {}, el("div", { class: "what" }, el("b", { text: target }),
+      " ", muted(CHANNEL_KINDS[kind]?.[0] || kind), error
+        ? el("div", { class: "error", text: `Not delivered: ${
+          visible(error)}` }) : mutedLine(last ? ["Delivered ",
+          dateNode(last)] : "Not used yet")),
+    isOperator() && el("span", { class: "row-actions" }, button(word, () =>
+      isSending || this.test(id), { "aria-label": `${word} ${target}`,
+      "aria-disabled": isSending && "true" }), button("Edit", () =>
+      this.edit(channel), { "aria-label": `Edit ${target}` }), confirmButton(
+      "Delete\u2026", `Delete ${target}`, () => this.remove(channel),
+      { "aria-label": `Delete\u2026 ${target}`, class: "btn danger" })));
+  }
+
+  // Sends a test, and shows whether the receiver took it.
+  async test(id) {
+    this.sending.add(id);
+    this.show();
+    const result = await withToast(() => post("channels", { do: "test", id }));
+    this.sending.delete(id);
+    await withToast(() => this.reload());
+    if (result) {
+      showToast(result.error ? `Not delivered: ${visible(result.error)}`
+        : "Delivered", result.error && "bad");
+    }
+  }
+
+  remove({ id }) {
+    return withToast(async () => {
+      await post("channels", { do: "delete", id });
+      await this.reload();
+    }, "Deleted");
+  }
+
+  // Shows the form of a channel, or of a new one.
+  edit(channel = {}) {
+    let fields = {};
+    const options = el("div", { class: "runform" });
+    const kind = select({ id: "channel-kind", onchange: () => show() },
+      Object.entries(CHANNEL_KINDS).map(([name, [words]]) => [name, words]),
+      channel.kind);
+    const show = () => {
+      fields = channelFields(kind.value, channel.kind === kind.value
+        ? channel : {});
+      options.replaceChildren(...Object.values(fields).map((one) => one.root));
+    };
+    show();
+    this.editor.replaceChildren(form({ class: "card runform narrow" }, () =>
+      this.save(channel.id, kind.value, fields), el("h3", { text: channel.id
+      ? `Edit ${channel.target}` : "New notification" }), field("By", kind),
+    options, el("div", { class: "actions" }, submitButton(
+      "Save and send a test"), button("Cancel", () => this.close(),
+      { class: "btn quiet" }))));
+    kind.focus();
+  }
+
+  // Puts the button that opens the form in its place.
+  close() {
+    const hadFocus = this.editor.contains(document.activeElement);
+    this.editor.replaceChildren(...isOperator() ? [button(
+      "New notification\u2026", () => this.edit())] : []);
+    if (hadFocus) this.editor.firstChild.focus();
+  }
+
+  // Adds or changes a channel and tests it, or shows the error in the form.
+  async save(id, kind, fields) {
+    const { target, ...options } = fields;
+    showFieldError(fields);
+    try {
+      const saved = await post("channels", { ...id && { do: "edit", id },
+        kind, target: target.value(), options: readOptions(options) });
+      this.close();
+      await this.reload();
+      this.test(saved.id);
+    } catch (error) {
+      showFieldError(fields, error, "target");
+    }
+  }
 }
 
 // Returns the form that sets when jobs and hosts alert.
 function settingsForm({ failures, host_down: down }) {
-  const fields = { failures: textField("set-failures",
-    "Failures in a row until a job alerts", failures, "",
-    { type: "number", min: 1, max: 100, required: true }),
-  host_down: textField("set-down", "Seconds until a host is down", down, "",
-    { type: "number", min: 60, max: 86400, required: true }) };
-  return form({ class: "runform" }, () => withToast(() => post("settings",
-    { failures: +fields.failures.value(),
-      host_down: +fields.host_down.value() }), "Saved"),
-  fields.failures.root, fields.host_down.root, submitButton("Save",
-    { class: "btn" }));
+  const number = (id, label, value, min, max) => textField(id, label, value,
+    `From ${min} to ${max.toLocaleString("en")}.`, { type: "number", min,
+      max, required: true });
+  const fields = { failures: number("set-failures", "Failures in a row until "
+    + "a job alerts", failures, 1, 100), host_down: number("set-down",
+    "Seconds without contact until a host is down", down, 60, 86400) };
+  return form({ class: "card runform narrow" }, async () => {
+    showFieldError(fields);
+    try {
+      await post("settings", { failures: +fields.failures.value(),
+        host_down: +fields.host_down.value() });
+      showToast("Saved");
+    } catch (error) {
+      showFieldError(fields, error, "failures");
+    }
+  }, fields.failures.root, fields.host_down.root, el("div",
+    { class: "actions" }, submitButton("Save")));
 }
 
 // --- hosts -----------------------------------------------------------------

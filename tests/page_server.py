@@ -99,7 +99,9 @@ class World:
         self.keys = koitab.derive_keys(PASSWORD, bytes.fromhex(SALT))
         self.hosts, self.jobs, self.runs, self.checks = {}, {}, {}, {}
         self.alerts, self.audit, self.channels = {}, [], []
-        self.requests, self.outputs = {}, {}
+        self.requests, self.outputs, self.settings = {}, {}, {}
+        self.may_deliver, self.delivery_error = threading.Event(), ""
+        self.may_deliver.set()
         self.tries = 0
         self.is_founded = True
         self.tokens = []
@@ -345,9 +347,9 @@ class World:
                 job["last"]["id"] if state == "accepted" else None})
         self.channels = [
             {"id": 1, "kind": "mail", "target": "ops@example.org", "last":
-             self.now - 7200, "error": ""},
+             self.now - 7200, "error": "", "options": {}},
             {"id": 2, "kind": "ntfy", "target": "https://ntfy.sh/koi",
-             "last": None, "error": self.odd("it said 503")}]
+             "options": {}, "last": None, "error": self.odd("it said 503")}]
 
     # --- requests
 
@@ -792,14 +794,34 @@ class Page(http.server.BaseHTTPRequestHandler):
         return self.answer({"id": ident}, 201)
 
     def post_channels(self, _rest, body):
-        channels = self.world.channels
-        if body.get("do") == "delete":
-            channels[:] = [one for one in channels if one["id"]
-                           != body["id"]]
-        elif not body.get("do"):
-            channels.append({"id": len(channels) + 7, **body, "last": None,
-                             "error": ""})
-        self.answer({})
+        channels, action = self.world.channels, body.get("do")
+        found = next((one for one in channels if one["id"] == body.get("id")),
+                     {"id": len(channels) + 7, "last": None, "error": ""})
+        if action == "delete":
+            channels.remove(found)
+        elif action == "test":
+            self.world.may_deliver.wait(30)
+            found["error"] = self.world.delivery_error
+            found["last"] = found["last"] if found["error"] else time.time()
+            return self.answer({"id": found["id"], "error": found["error"],
+                                "delivered": not found["error"]})
+        else:
+            if " " in body["options"].get("host", ""):
+                return self.refuse(400, "options: host is not a host name")
+            if body["target"].endswith(".invalid"):
+                return self.refuse(400, "invalid email address",
+                                   "name@example.org")
+            found.update({k: v for k, v in body.items() if k != "do"})
+            if not action:
+                channels.append(found)
+        return self.answer({"id": found["id"]})
+
+    def post_settings(self, _rest, body):
+        if body["host_down"] == 61:
+            return self.refuse(400, "the request: host_down is not from 62 to "
+                               "86400")
+        self.world.settings = body
+        return self.answer(body)
 
     def post_forget(self, _rest, body):
         world = self.world

@@ -22,7 +22,8 @@ FOLDER = Path(__file__).resolve().parent / "pictures"
 SIZE, PHONE = (1280, 800), (390, 760)
 SETTLED = """return document.fonts.ready.then(() => new Promise((done) =>
     requestAnimationFrame(() => requestAnimationFrame(() => done(true)))))"""
-CHOOSE = """const kind = document.querySelector(".channels form select");
+CHOOSE = """document.querySelector(".channels > div > .btn")?.click();
+    const kind = document.querySelector(".channels form select");
     kind.value = "%s";
     kind.dispatchEvent(new Event("change"))"""
 
@@ -65,10 +66,10 @@ VIEWS = [
      "document.querySelector('.runform').requestSubmit()", ".error"),
     ("confirm", {}, "job/{confirm[id]}/run",
      "document.querySelector('.runform').requestSubmit()", ".question"),
-    ("alerts", {}, "alerts", "", ".channels form"),
+    ("alerts", {}, "alerts", "", ".channels li"),
     ("alerts-webhook", {}, "alerts", CHOOSE % "webhook", ".channels form"),
     ("alerts-smtp", {}, "alerts", CHOOSE % "smtp", ".channels form"),
-    ("alerts-empty", {"empty": True}, "alerts", "", ".channels form"),
+    ("alerts-empty", {"empty": True}, "alerts", "", ".channels .btn"),
     ("hosts", {}, "hosts", "", "table"),
     ("check", {}, "check/{check}", "", ".snippet"),
     ("check-new", {}, "check/new", "", ".runform"),

@@ -1403,17 +1403,165 @@ def test_paused_job_says_so_until_its_pause_ends(page, stand_in):
     page.js(change, job)
 
 
-def test_channel_is_added_and_deleted(page, stand_in):
-    page.visit("alerts", ".oneline")
-    page.type(".oneline input", "night@example.org")
-    page.click(".oneline button")
-    page.wait("document.querySelector('.part').textContent"
-              ".includes('night@example.org')")
-    assert stand_in.world.channels[-1]["target"] == "night@example.org"
-    page.js("[...document.querySelectorAll('.part .row-actions button')].pop()"
+NEW = "New notification\u2026"
+SMTP = {"host": "mail.example.org", "port": "2525", "security": "tls",
+        "user": "ann", "password": "o'brien \u00e9", "from": "koi@example.org"}
+
+
+@pytest.fixture
+def channels(page, stand_in):
+    """The view of alerts, with the channels that the stand-in has at first."""
+    world = stand_in.world
+    before = [dict(one) for one in world.channels]
+    page.visit("jobs", ".row")
+    page.visit("alerts", ".channels li")
+    yield world.channels
+    world.channels[:] = before
+    world.delivery_error = ""
+    world.may_deliver.set()
+
+
+def fill_in(page, **values: str) -> None:
+    for name, value in values.items():
+        page.js("const field = document.querySelector(arguments[0]); "
+                "field.value = arguments[1]; field.dispatchEvent(new Event("
+                "'change')); field.dispatchEvent(new Event('input'))",
+                f"#channel-{name}", value)
+
+
+@pytest.mark.parametrize("kind, target, options, sent", [
+    ("mail", "night@example.org", {"from": "koi@example.org"},
+     {"from": "koi@example.org"}),
+    ("mail", "plain@example.org", {}, {}),
+    ("smtp", "server@example.org", SMTP, {**SMTP, "port": 2525}),
+    ("webhook", "https://chat.example.org/x", {
+        "headers": "X-Token: a:b\nOther: c", "body": '{"t": "{{text}}"}'},
+     {"headers": {"X-Token": "a:b", "Other": "c"},
+      "body": '{"t": "{{text}}"}'}),
+    ("ntfy", "https://ntfy.sh/topic", {}, {})])
+def test_form_adds_a_notification_of_each_kind_and_tests_it(
+        page, channels, kind, target, options, sent):
+    page.press(NEW)
+    fill_in(page, kind=kind)
+    fill_in(page, target=target, **options)
+    page.press("Save and send a test")
+    page.wait("[...document.querySelectorAll('.channels li')].some((line) => "
+              f"line.innerText.includes({json.dumps(target)}) && "
+              "/Delivered \\d\\d:\\d\\d/.test(line.innerText))")
+    made = channels[-1]
+    assert (made["kind"], made["target"], made["options"]) == (kind, target,
+                                                               sent)
+    assert page.js("return document.querySelector('.channels form')") is None
+
+
+def test_edit_of_a_notification_shows_what_it_has_and_keeps_the_rest(
+        page, channels):
+    page.js("document.querySelector('[aria-label=\"Edit ops@example.org\"]')"
             ".click()")
-    page.wait("!document.querySelector('.part').textContent"
-              ".includes('night@example.org')")
+    assert page.js("return document.querySelector('#channel-target').value"
+                   ) == "ops@example.org"
+    fill_in(page, target="new@example.org")
+    page.press("Save and send a test")
+    page.shows("new@example.org", css=".channels ul")
+    assert [(one["id"], one["target"]) for one in channels] == [
+        (1, "new@example.org"), (2, "https://ntfy.sh/koi")]
+
+
+def test_test_says_sending_until_the_result_and_then_shows_it(page, channels,
+                                                              stand_in):
+    world = stand_in.world
+    world.may_deliver.clear()
+    world.delivery_error = "sendmail says no configuration file"
+    page.press(NEW)
+    fill_in(page, target="half@typed")
+    page.js("document.querySelector('[aria-label=\"Test ops@example.org\"]')"
+            ".click()")
+    page.wait("document.querySelector('.channels li').innerText.includes("
+              "'Sending\u2026')")
+    world.may_deliver.set()
+    page.wait("document.querySelector('.channels li .error').innerText === "
+              "'Not delivered: sendmail says no configuration file'")
+    # The form that someone fills in meanwhile is not drawn again.
+    assert page.js("return document.querySelector('#channel-target').value"
+                   ) == "half@typed"
+
+
+@pytest.mark.parametrize("values, field, error", [
+    ({"kind": "smtp", "target": "a@b.c", "host": "no host"}, "host",
+     "options: host is not a host name"),
+    ({"kind": "mail", "target": "a@b.invalid"}, "target",
+     "invalid email address name@example.org")])
+def test_error_of_a_notification_stands_at_its_field(page, channels, values,
+                                                     field, error):
+    before = len(channels)
+    page.press(NEW)
+    for name, value in values.items():
+        fill_in(page, **{name: value})
+    page.press("Save and send a test")
+    page.wait(f"document.activeElement.id === 'channel-{field}'")
+    assert page.text(f"#channel-{field}-error") == error
+    assert page.js("return document.activeElement.getAttribute("
+                   "'aria-invalid')") == "true"
+    assert len(channels) == before
+    fill_in(page, target="good@example.org", **(
+        {"host": "good"} if field == "host" else {}))
+    page.press("Save and send a test")
+    page.shows("good@example.org", css=".channels ul")
+    assert page.faults("status of 400") == []
+
+
+def test_notification_is_deleted_after_a_question_by_name(page, channels):
+    page.js("document.querySelector('.channels .danger').click()")
+    page.wait("document.activeElement.innerText === 'Delete ops@example.org'")
+    assert len(channels) == 2
+    page.keys("Enter")
+    page.wait("document.querySelectorAll('.channels li').length === 1")
+    assert [one["id"] for one in channels] == [2]
+
+
+@pytest.mark.parametrize("path, field", [
+    ("alerts", "#set-failures"), ("alerts", "#channel-target"),
+    ("check/new", "#c-name"), ("settings", "#link-name")])
+def test_push_leaves_a_form_and_its_focus_alone(page, stand_in, path, field):
+    page.visit("jobs", ".row")
+    page.visit(path, ".runform, .oneline")
+    if field == "#channel-target":
+        page.press(NEW)
+    page.find(field)
+    page.js("const field = document.querySelector(arguments[0]); "
+            "field.focus(); field.value = '7'", field)
+    page.js("app.changed({ all: true }); app.update()")
+    assert page.js("return [document.activeElement.id, "
+                   "document.activeElement.value]") == [field[1:], "7"]
+
+
+def test_alert_rules_are_saved_or_show_the_error_at_the_field(page, stand_in):
+    page.visit("jobs", ".row")
+    page.visit("alerts", "#set-down")
+    page.js("document.querySelector('#set-failures').value = '3'; "
+            "document.querySelector('#set-down').value = '61'")
+    page.press("Save")
+    page.wait("document.querySelector('#set-down-error').innerText.includes("
+              "'is not from 62')")
+    page.js("document.querySelector('#set-down').value = '120'")
+    page.press("Save")
+    page.shows("Saved", css="#toast")
+    assert stand_in.world.settings == {"failures": 3, "host_down": 120}
+    assert page.text("#set-down-error") == ""
+    assert page.faults("status of 400") == []
+
+
+def test_error_of_a_check_stands_at_its_field(page):
+    page.visit("check/new", "#c-name")
+    page.type("#c-name", "Broken")
+    page.js("const k = document.querySelector('#c-kind'); k.value = 'cron'; "
+            "k.dispatchEvent(new Event('change')); "
+            "document.querySelector('#c-cron').value = '1 2 3'")
+    page.click(".runform .primary")
+    page.wait("document.activeElement.id === 'c-cron'")
+    assert page.text("#c-cron-error") == \
+        "a schedule has five columns 30 2 * * *"
+    assert page.faults("status of 400") == []
 
 
 # --- what is empty, and what is hostile
