@@ -11612,12 +11612,15 @@ create table tokens (
 # That is decided in the transaction of its cause, so neither can be lost
 # without the other. A subject is "job:ID", "host:ID" or "check:UUID".
 # When many change together, or one check again and again, a channel gets few
-# notifications: digests.
+# notifications: digests. Each source (a host with its jobs, all checks) has a
+# share of its own, so that nobody delays or hides the alerts of others.
 # ==========================================================================
 
 MOST_CHANNELS = 20
-MOST_SINGLE = 10                # notifications of a channel in DIGEST_WINDOW,
+MOST_SINGLE = 10                # notifications of a source in DIGEST_WINDOW,
+MOST_OF_CHANNEL = 40            # and of a channel; in
 DIGEST_WINDOW = 600.0           # seconds; then one digest each DIGEST_PAUSE
+LEFT_WAITING = 200              # of a source for a channel; more are counted
 DIGEST_PAUSE = CHECK_PAUSE = 60.0   # and one change of a check each minute
 MOST_IN_DIGEST, LINES_OF_DIGEST = 1_000, 50
 UNTIL_WELL = LARGEST_TIME       # a snooze ends with its subject's last alert
@@ -11669,7 +11672,9 @@ create table notifications (
     tries integer not null default 0, title text not null,
     text text not null, subject text not null, kind text not null,
     resolved integer not null, run integer, output text not null default '',
-    alerts text not null default '[]');
+    alerts text not null default '[]',
+    source text not null default '', left_out integer not null default 0);
+create index notifications_of_source on notifications (channel, source);
 create index notifications_due on notifications (due);
 create index notifications_of_run on notifications (run)
     where run is not null;
@@ -11677,6 +11682,10 @@ create index notifications_of_run on notifications (run)
     DELIVERED = "select m.*, c.kind way, c.target, c.options, d.dash from " \
         "notifications m join channels c on c.id = m.channel cross join " \
         "dashboard d"
+    # Each source in turn has its next notification in it.
+    FAIR = "(select *, row_number() over (partition by source order by id) " \
+        "turn from notifications where channel = ? and due <= ? and kind <> " \
+        "'test')"
     SHOWN = "select a.subject, kind, since, text, coalesce(until, 0) " \
         "snoozed from alerts a left join snoozes s on s.subject = a.subject"
 
@@ -11685,6 +11694,8 @@ create index notifications_of_run on notifications (run)
         self.changes, self.timers = changes, timers
         self.audit, self.clock = audit, clock
         self.reported: dict[str, float] = {}    # check -> its last report
+        # Channel -> source -> (notifications in this window, the last one).
+        self.shares: dict[int, dict] = {}
         # Key of a test whose result somebody waits for -> its error, or None.
         self.tests: dict[str, str | None] = {}
 
@@ -11708,10 +11719,13 @@ create index notifications_of_run on notifications (run)
         if db.update("alerts", {"text": text}, subject=alert.subject,
                      kind=alert.kind):
             return
+        # A host's clock that is ahead puts its alerts before no others.
+        alert = alert.replace(text=text, since=min(alert.since,
+                                                   self.clock.now()))
         number = db.insert("alerts", subject=alert.subject, kind=alert.kind,
                            since=alert.since, text=text)
         if not self.snoozed_until(db, alert.subject):
-            self.notify(db, number, alert.replace(text=text), due=due, run=run)
+            self.notify(db, number, alert, due=due, run=run)
 
     def notify(self, db: Database, number: int, alert: Alert,
                resolved: bool = False, due: float = 0.0,
@@ -11743,11 +11757,43 @@ create index notifications_of_run on notifications (run)
             "text": alert.text, "startsAt": format_rfc3339(alert.since),
             "endsAt": format_rfc3339(now) if resolved else "",
             **self.place_of(db, subject, run)}
+        source, added = self.source_of(db, subject), False
         for channel in db.column("select id from channels"):
-            self.add_notification(
-                db, channel,
-                f"{number}-{alert.kind}-{status}-{channel}{again}", alert,
-                [entry], due, run)
+            if self.has_room(db, channel, source, entry):
+                self.add_notification(
+                    db, channel,
+                    f"{number}-{alert.kind}-{status}-{channel}{again}", alert,
+                    [entry], due, run, source)
+                added = True
+        if not added:               # then its end is not notified either
+            db.update("alerts", {"notified": before}, id=number)
+
+    def source_of(self, db: Database, subject: str) -> str:
+        """Return who causes the notifications of a subject."""
+        kind, _, key = subject.partition(":")
+        host = db.value("select host from jobs where id = ?", int(key)) \
+            if kind == "job" else db.value(
+                "select id from hosts where host = ?", key)
+        return kind if host is None else f"host:{host}"
+
+    def has_room(self, db: Database, channel: int, source: str,
+                 entry: dict) -> bool:
+        """May a source add a notification for a channel? The end of an alert
+        may always be added, unless its beginning waits too: then neither is
+        notified. What is left out is counted."""
+        last, count = db.execute(
+            "select max(id), count(*) from notifications where channel = ? "
+            "and source = ?", channel, source).fetchone()
+        if count < LEFT_WAITING:
+            return True
+        if entry["status"] == "resolved" and not db.execute(
+                "delete from notifications where channel = ? and source = ? "
+                "and tries = 0 and id < ? and key glob ?", channel, source,
+                last, f"{entry['id']}-firing-*").rowcount:
+            return True
+        db.execute("update notifications set left_out = left_out + ? where "
+                   "id = ?", 1 + (entry["status"] == "resolved"), last)
+        return False
 
     def place_of(self, db: Database, subject: str, run: int | None) -> dict:
         """Return what a subject is called, the number of a run on its host,
@@ -11776,7 +11822,7 @@ create index notifications_of_run on notifications (run)
 
     def add_notification(self, db: Database, channel: int, key: str,
                          alert: Alert, entries: list, due: float = 0.0,
-                         run: int | None = None) -> None:
+                         run: int | None = None, source: str = "") -> None:
         """Add a notification about these entries, each a change of an alert;
         because of its key it is there once only."""
         db.insert("notifications", "insert or ignore", channel=channel,
@@ -11784,7 +11830,7 @@ create index notifications_of_run on notifications (run)
                   text=alert.text, subject=alert.subject, kind=alert.kind,
                   resolved=all(entry["status"] == "resolved"
                                for entry in entries) and bool(entries),
-                  run=run, alerts=compact_json(entries))
+                  run=run, alerts=compact_json(entries), source=source)
         self.changes.mark_changed("notifications", key)
 
     def clear_alert(self, db: Database, subject: str, kind: str,
@@ -11950,30 +11996,52 @@ create index notifications_of_run on notifications (run)
         return bool(db.value("select exists (select 1 from notifications)"))
 
     def take_due(self, db: Database, channel: int, now: float) -> list[dict]:
-        """Return what to deliver now on a channel. If that would be too many
-        notifications, a digest takes their place, or they wait for one."""
-        due = db.rows("select id, kind, tries from notifications where "
-                      "channel = ? and due <= ? order by id limit ?",
-                      channel, now, MOST_IN_DIGEST)
-        fresh = [row["id"] for row in due
-                 if not row["tries"] and row["kind"] not in ("test", "digest")]
+        """Return what to deliver now on a channel, the sources in turn. If
+        that would be too many notifications, a digest takes their place, or
+        they wait for one."""
+        due = db.rows(f"select id, kind, tries, source from {self.FAIR} order "
+                      "by turn, id limit ?", channel, now, MOST_IN_DIGEST)
+        fresh = [row for row in due
+                 if not row["tries"] and row["kind"] != "digest"]
+        together = self.divide(db, channel, fresh, now) if fresh else []
+        if together:
+            self.add_digest(db, channel, together, now)
+        return db.rows(f"{self.DELIVERED} join {self.FAIR} t on t.id = m.id "
+                       "order by m.tries, turn, m.id limit 100", channel, now)
+
+    def divide(self, db: Database, channel: int, fresh: list[dict],
+               now: float) -> list[int]:
+        """Return the notifications that a digest takes the place of now. Of
+        the others, those that wait for the next digest are postponed."""
         found = db.row("select window, sent, sent_at from channels where "
-                       "id = ?", channel) or {"window": 0, "sent": 0}
+                       "id = ?", channel) or {"window": 0, "sent": 0,
+                                              "sent_at": 0}
+        shares = self.shares.setdefault(channel, {})
         if not 0 <= now - found["window"] < DIGEST_WINDOW:
             found.update(window=now, sent=0)
-        if fresh and found["sent"] + len(fresh) > MOST_SINGLE:
-            ready = found["sent_at"] + DIGEST_PAUSE
-            if found["sent"] and now < ready:
-                self.postpone(db, fresh, ready)
-                fresh = []
-            else:
-                self.add_digest(db, channel, fresh, now)
-        if fresh:
-            found.update(sent=found["sent"] + len(fresh), sent_at=now)
+            shares.clear()
+        counts = Counter(row["source"] for row in fresh)
+        plan = plan_digests(counts, shares, found["sent"], found["sent_at"])
+        # A receiver that is away gets one digest, not one for each minute.
+        if db.value("select 1 from notifications where channel = ? and kind = "
+                    "'digest'", channel):
+            plan = {source: max(at, now + DIGEST_PAUSE)
+                    for source, at in plan.items()}
+        for source, at in plan.items():
+            db.execute("update notifications set due = max(due, ?) where "
+                       "channel = ? and source = ? and tries = 0 and kind not "
+                       "in ('digest', 'test')", at, channel, source)
+        sent = [source for source in counts if plan.get(source, now) <= now]
+        for source in sent:
+            shares[source] = shares.get(source, (0, 0))[0] + counts[source], \
+                now
+        messages = sum(counts[source] for source in sent if source not in plan)
+        if sent:
+            found.update(sent_at=now, sent=found["sent"] + messages + any(
+                source in plan for source in sent))
             db.update("channels", found, id=channel)
-        return db.rows(f"{self.DELIVERED} where m.channel = ? and m.due <= ? "
-                       "and m.kind <> 'test' order by m.id limit 100",
-                       channel, now)
+        return [row["id"] for row in fresh
+                if row["source"] in plan and row["source"] in sent]
 
     def take_tests(self, db: Database, channel: int) -> list[dict]:
         """Return the tests of a channel to deliver now. Those that nobody
@@ -11984,11 +12052,6 @@ create index notifications_of_run on notifications (run)
             if row["key"] not in self.tests:
                 db.delete("notifications", id=row["id"])
         return [row for row in rows if row["key"] in self.tests]
-
-    def postpone(self, db: Database, numbers: list[int], due: float) -> None:
-        """Let notifications wait until `due`."""
-        for number in numbers:
-            db.update("notifications", {"due": due}, id=number)
 
     def add_digest(self, db: Database, channel: int, numbers: list[int],
                    now: float) -> None:
@@ -12003,19 +12066,29 @@ create index notifications_of_run on notifications (run)
         title = f"{plural(len(rows) - ended, 'alert')} began, {ended:,} ended"
         lines = [one_line(row["title"])[:200]
                  for row in rows[:LINES_OF_DIGEST]]
-        if len(rows) > len(lines):
-            lines.append(f"and {len(rows) - len(lines):,} more")
+        more = Counter()
+        for at, row in enumerate(rows):
+            more[row["source"]] += row["left_out"] + (at >= LINES_OF_DIGEST)
+        lines += [f"and {count:,} more {self.place_words(db, source)}"
+                  for source, count in more.most_common(10) if count]
         self.add_notification(
             db, channel, f"{rows[-1]['id']}-digest-{channel}",
             Alert("", "digest", now, title, "\n".join(lines)), entries, now)
         for number in numbers:
             db.delete("notifications", id=number)
 
+    def place_words(self, db: Database, source: str) -> str:
+        """Return where the notifications of a source come from, in words."""
+        name = db.value("select name from hosts where 'host:' || id = ?",
+                        source)
+        return f"on {name}" if name else "of checks" if source == "check" \
+            else ""
+
     def mark_delivered(self, db: Database, notification: int, error: str,
                        now: float, is_final: bool = False) -> None:
         """Record an attempt to deliver; `error` is "" if it went well. Else
         it is repeated for a day, after 15 s to 1 h, unless it `is_final`."""
-        found = db.row("select channel, at, tries, kind, key from "
+        found = db.row("select channel, at, tries, kind, key, source from "
                        "notifications where id = ?", notification)
         if not found:
             return
@@ -12025,9 +12098,10 @@ create index notifications_of_run on notifications (run)
         if error and now - found["at"] < DAY_SECONDS \
                 and found["kind"] != "test" and not is_final:
             pause = min(15 * 2**min(found["tries"], 10), 3600)
-            db.execute("update notifications set due = ? where channel = ? "
-                       "and due <= ? and kind <> 'test'", now + 15,
-                       found["channel"], now)
+            # Other sources are tried first: maybe this text is refused.
+            db.execute("update notifications set due = ? + 15 * (source = ?) "
+                       "where channel = ? and due <= ? and kind <> 'test'",
+                       now + 15, found["source"], found["channel"], now)
             db.update("notifications", {"tries": found["tries"] + 1,
                                         "due": now + pause}, id=notification)
         else:
@@ -12053,11 +12127,32 @@ create index notifications_of_run on notifications (run)
         if not db.update("notifications", {"output": lines, "run": None},
                          run=run, tries=0):
             return
+        host = db.value("select 'host:' || host from runs where id = ?", run)
         if not db.value("select 1 from notifications where run is not null "
-                        "and tries = 0 and due > ? limit 1", now):
+                        "and tries = 0 and due > ? and source = ? limit 1",
+                        now, host):
             db.execute("update notifications set due = ? where due > ? and "
-                       "tries = 0 and subject like 'job:%'", now, now)
+                       "tries = 0 and source = ?", now, now, host)
         self.changes.mark_changed("notifications", run)
+
+
+def plan_digests(counts: dict, shares: dict, sent: int,
+                 sent_at: float) -> dict[str, float]:
+    """Return source -> when its next digest is due, for the sources with too
+    many notifications; those of others go out one by one.
+
+    `counts` has how many wait of each source, `shares` how many it had in
+    this window and when the last one was; `sent` and `sent_at` are those of
+    the whole channel.
+    """
+    many = {source: shares.get(source, (0, 0.0))[1]
+            for source, count in counts.items()
+            if count + shares.get(source, (0, 0.0))[0] > MOST_SINGLE}
+    single = sum(count for source, count in counts.items()
+                 if source not in many)
+    if sent + single + bool(many) > MOST_OF_CHANNEL:
+        many = dict.fromkeys(counts, sent_at)
+    return {source: last + DIGEST_PAUSE for source, last in many.items()}
 
 
 def read_channel(request: RequestFields) -> dict:
@@ -13266,23 +13361,29 @@ SHOWN_OF_RUN = ("id, job, host, n, epoch, trigger, state, due, requested_at, "
                 "bytes, cut, size, have, line")
 
 
-# What each host keeps here, in bytes. Migration 6 makes the same: what comes
-# later needs a migration of its own.
+# What each host keeps here: bytes of outputs and texts, and runs. Migration 6
+# and 7 make the same: what comes later needs a migration of its own.
 RUN_BYTES = """
 create index runs_with_output on runs (host, id) where have > 0;
-create table usage (host integer primary key, bytes integer not null);
+create table usage (host integer primary key, bytes integer not null,
+    runs integer not null default 0);
+"""
+BYTES_OF_RUN = "({0}.have + length(cast({0}.args as blob)) + " \
+    "length(cast({0}.reason as blob)))"
+RUN_COUNTS = f"""
+create index runs_by_host on runs (host, id);
 create trigger runs_added after insert on runs begin
-    insert into usage values (new.host, new.have + length(new.args))
-    on conflict (host) do update set bytes = bytes + excluded.bytes;
+    insert into usage values (new.host, {BYTES_OF_RUN.format("new")}, 1)
+    on conflict (host) do update set bytes = bytes + excluded.bytes,
+        runs = runs + 1;
 end;
-create trigger runs_changed after update of have, args on runs
-    when new.have <> old.have or new.args <> old.args begin
-    update usage set bytes = bytes + new.have - old.have
-        + length(new.args) - length(old.args) where host = new.host;
+create trigger runs_changed after update of have, args, reason on runs begin
+    update usage set bytes = bytes + {BYTES_OF_RUN.format("new")}
+        - {BYTES_OF_RUN.format("old")} where host = new.host;
 end;
 create trigger runs_removed after delete on runs begin
-    update usage set bytes = bytes - old.have - length(old.args)
-        where host = old.host;
+    update usage set bytes = bytes - {BYTES_OF_RUN.format("old")},
+        runs = runs - 1 where host = old.host;
 end;
 """
 
@@ -13393,7 +13494,7 @@ create table outputs (
     data blob not null);
 create unique index outputs_of_run on outputs (run, at);
 create table unindexed (run integer primary key);
-""" + RUN_BYTES
+""" + RUN_BYTES + RUN_COUNTS
 
     def __init__(self, changes: Changes, alerts: Alerts, hosts: Hosts):
         self.changes, self.alerts, self.hosts = changes, alerts, hosts
@@ -14589,7 +14690,8 @@ class Search:
 # ==========================================================================
 
 KEEP_RUNS = 10_000              # of one job
-HOST_BYTES = 2**30              # of outputs and arguments of one host
+HOST_BYTES = 2**30              # of outputs, arguments, reasons of one host
+HOST_RUNS = 1_000_000           # of one host; a row takes half a kilobyte
 KEEP_RUN_DAYS, KEEP_AUDIT_DAYS, KEEP_EVENT_DAYS = 400, 400, 93
 AT_ONCE = 1_000                 # rows that are removed in one step
 FREE_PAGES = 2_000              # that the database may keep for later
@@ -14636,12 +14738,16 @@ class Retention:
 
     def enforce_quota(self, db: Database, host: int) -> None:
         """Remove the oldest outputs of a host that has more than its share
-        of bytes; without outputs its oldest runs. Other hosts keep theirs."""
-        while (db.value("select bytes from usage where host = ?", host)
-               or 0) > HOST_BYTES:
+        of bytes; without outputs, or with too many runs, its oldest runs.
+        Other hosts keep theirs."""
+        while True:
+            size, runs = db.execute("select bytes, runs from usage where host "
+                                    "= ?", host).fetchone() or (0, 0)
+            if size <= HOST_BYTES and runs <= HOST_RUNS:
+                return
             run = db.value("select id from runs where host = ? and have > 0 "
                            "order by id limit 1", host)
-            if run is None:
+            if run is None or runs > HOST_RUNS:
                 self.remove_runs(db, db.column(
                     "select id from runs where host = ? order by id limit 20",
                     host))
@@ -15097,7 +15203,8 @@ FATAL_FAILURES = ("full", "disk", "damaged", "busy")
 REPOSITORIES = (AuditLog, Credentials, Alerts, PingChecks, Hosts, Runs,
                 Requests, HostSync)
 # 5: a key that was made from the passphrase to read all becomes an access
-# token. 6: the sums of bytes by host are kept.
+# token. 6: the sums of bytes by host are kept. 7: so is the number of runs;
+# notifications have a source.
 MIGRATIONS = {5: """
 alter table dashboard rename to old;
 create table dashboard (
@@ -15112,12 +15219,21 @@ insert into dashboard select id, dash, salt, rounds, api_sha256, ping_key,
 insert into tokens (name, role, sha256, created)
     select 'viewer key', 'viewer', view_sha256, created from old;
 drop table old;
-""", 6: RUN_BYTES + """
-insert into usage select host, sum(have + length(args)) from runs
-    group by host;
+""", 6: RUN_BYTES, 7: f"""
+drop trigger if exists runs_added;
+drop trigger if exists runs_changed;
+drop trigger if exists runs_removed;
+drop table if exists usage;
+drop index if exists runs_with_output;
+{RUN_BYTES} {RUN_COUNTS}
+insert into usage select host, sum({BYTES_OF_RUN.format("runs")}), count(*)
+    from runs group by host;
+alter table notifications add column source text not null default '';
+alter table notifications add column left_out integer not null default 0;
+create index notifications_of_source on notifications (channel, source);
 """}
 DASHBOARD_FORM = DatabaseForm(
-    "a dashboard of koi's", 0x6B6F6932, 7,
+    "a dashboard of koi's", 0x6B6F6932, 8,
     checked=("meta", "dashboard", "tokens", "hosts", "epochs", "jobs",
              "requests", "checks", "alerts", "snoozes", "channels",
              "notifications"),

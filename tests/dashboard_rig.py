@@ -139,6 +139,17 @@ class refused:
         return True
 
 
+# Turns a database of today into one of schema 6, and of 7 where that has the
+# same data.
+BACK_TO_SCHEMA_6 = """
+    drop trigger runs_added; drop trigger runs_changed;
+    drop trigger runs_removed; drop table usage;
+    drop index runs_with_output; drop index runs_by_host;
+    drop index notifications_of_source;
+    alter table notifications drop column source;
+    alter table notifications drop column left_out;"""
+
+
 class InProcessDashboard:
     """The Hub, driven by hand: no thread, no network, a clock that is set."""
 

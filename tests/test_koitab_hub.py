@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 
 import support
-from dashboard_rig import (HOST, NOW, OPERATOR_TOKEN, VIEWER_TOKEN,
-                           InProcessDashboard, frames, new_token, piece,
-                           refused, spec, token_of)
+from dashboard_rig import (BACK_TO_SCHEMA_6, HOST, NOW, OPERATOR_TOKEN,
+                           VIEWER_TOKEN, InProcessDashboard, frames,
+                           new_token, piece, refused, spec, token_of)
 
 koitab = support.load("koitab")
 Error = koitab.Error
@@ -306,13 +306,6 @@ def test_malformed_access_token_is_refused(dashboard, status, fields):
                      {**new_token("checks", "7" * 64), **fields}, NOW)
 
 
-# From schema 7 to schema 6.
-WITHOUT_BYTES = """
-    drop trigger runs_added; drop trigger runs_changed;
-    drop trigger runs_removed; drop table usage;
-    drop index runs_with_output;"""
-
-
 def test_a_key_of_viewers_is_an_access_token_after_the_upgrade(dashboard):
     db = dashboard.dashboard.db
     db.connection.executescript(f"""
@@ -326,7 +319,7 @@ def test_a_key_of_viewers_is_an_access_token_after_the_upgrade(dashboard):
         insert into dashboard select id, dash, salt, rounds, api_sha256,
             '{koitab.sha256_hex("8" * 64)}', ping_key, badge_key, created
             from new;
-        drop table new; {WITHOUT_BYTES} pragma user_version=5;""")
+        drop table new; {BACK_TO_SCHEMA_6} pragma user_version=5;""")
     after = dashboard.reopen()
     assert after.principal_of("view-" + "8" * 64) == koitab.Principal(
         "viewer", "", "viewer key")
@@ -1219,12 +1212,11 @@ OTHER = "d4" * 16
 
 def usage(dashboard) -> dict[int, int]:
     """The bytes that are counted, which must be those that are there."""
-    counted = dict(dashboard.rows("select host, bytes from usage where "
-                                  "bytes > 0"))
-    assert counted == dict(dashboard.rows(
-        "select host, sum(have + length(args)) from runs group by host "
-        "having sum(have + length(args)) > 0"))
-    return counted
+    counted = dashboard.rows("select * from usage where runs > 0")
+    assert counted == dashboard.rows(
+        "select host, sum(have + length(args) + length(reason)), count(*) "
+        "from runs group by host")
+    return {host: size for host, size, _ in counted}
 
 
 def test_host_above_its_quota_loses_only_its_own_oldest_outputs(
@@ -1260,6 +1252,20 @@ def test_host_above_its_quota_by_arguments_loses_its_oldest_runs(
     assert newest == (dashboard.number,)
 
 
+def test_host_above_its_quota_by_reasons_or_runs_loses_its_oldest_runs(
+        dashboard, web1, monkeypatch):
+    monkeypatch.setattr(koitab, "HOST_BYTES", 50_000)
+    monkeypatch.setattr(koitab, "HOST_RUNS", 100)
+    for reason in ("x" * 2000, ""):
+        for _ in range(3):
+            dashboard.runs(web1, *(dashboard.record(exit=1, reason=reason)
+                                   for _ in range(50)))
+            assert usage(dashboard)[1] <= 50_000
+            assert dashboard.rows("select count(*) from runs")[0][0] <= 100
+    newest, = dashboard.rows("select max(n) from runs where host = 1")
+    assert newest == (dashboard.number,)
+
+
 def test_stored_bytes_are_counted_correctly_after_changes_and_removals(
         dashboard, web1):
     written(dashboard, web1, "one\n")
@@ -1270,15 +1276,15 @@ def test_stored_bytes_are_counted_correctly_after_changes_and_removals(
     assert usage(dashboard) == {1: len(frames("one\n")) + 2 + 12}
     dashboard.do(dashboard.dashboard.retention.delete, {"host": HOST}, NOW)
     dashboard.run_chores()
-    assert usage(dashboard) == {} == dict(dashboard.rows(
-        "select host, bytes from usage"))
+    assert usage(dashboard) == {}
+    assert dashboard.rows("select * from usage") == []
 
 
 def test_stored_bytes_of_an_older_schema_are_counted(dashboard, web1):
     written(dashboard, web1, "one\n")
     before = usage(dashboard)
     dashboard.dashboard.db.connection.executescript(
-        WITHOUT_BYTES + "pragma user_version=6;")
+        BACK_TO_SCHEMA_6 + "pragma user_version=6;")
     dashboard.dashboard.close()
     after = InProcessDashboard(dashboard.path, dashboard.clock, fresh=False)
     assert usage(after) == before

@@ -103,7 +103,7 @@ def test_jobs_that_fail_together_are_notified_in_one_digest(
     digest, = due(dashboard)
     assert digest["title"] == "60 alerts began, 0 ended"
     assert digest["text"].splitlines()[::50] == [
-        "Night/Job0 on web1 failed", "and 10 more"]
+        "Night/Job0 on web1 failed", "and 10 more on web1"]
     assert due(dashboard) == [digest]       # until it is delivered
 
 

@@ -1,0 +1,186 @@
+"""What one host, client or user sends too much of harms no other one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import support
+from dashboard_rig import BACK_TO_SCHEMA_6, NOW, frames, piece, spec
+
+koitab = support.load("koitab")
+OTHER = "d4" * 16
+HOUR = 3600
+
+pytestmark = pytest.mark.usefixtures("small_ballast")
+
+
+@pytest.fixture
+def web2(dashboard, web1):
+    """A second host; web1 is the one that floods. A channel has the id 1."""
+    dashboard.channel()
+    access = dashboard.join(OTHER, "web2")
+    dashboard.sync(access, list={**dashboard.list_of(access, spec()), **{
+        "body": json.dumps({"v": 1, "dash": dashboard.dash, "host": OTHER,
+                            "key": "0" * 16, "name": "web2", "at": 1,
+                            "jobs": [spec()]})}})
+    return access
+
+
+def deliver(dashboard, refuse=lambda row: False) -> list[dict]:
+    """Deliver what is due now on the channel, and return it. A receiver may
+    refuse some: then the rest waits, as with a real one."""
+    alerts, found = dashboard.dashboard.alerts, []
+    while True:
+        rows = dashboard.do(alerts.take_due, 1, dashboard.now)
+        for row in rows:
+            error = "it answered 400" if refuse(row) else ""
+            dashboard.do(alerts.mark_delivered, row["id"], error,
+                         dashboard.now)
+            if error:
+                return found
+            found.append(row)
+        if not rows:
+            return found
+
+
+def titles(rows: list[dict]) -> list[str]:
+    return [row["title"] for row in rows]
+
+
+def flood(dashboard, access, jobs: int = 300) -> None:
+    """Let many jobs of a host fail, work again, and fail."""
+    for status in (1, 0, 1):
+        records = dashboard.failing(jobs)
+        dashboard.runs(access, *({**each, "exit": status} for each in records))
+
+
+WEB2_FAILED = "Night/Backup on web2 failed"
+
+
+def test_flood_of_one_host_delays_no_alert_of_another(dashboard, web1, web2):
+    flood(dashboard, web1)
+    dashboard.runs(web2, dashboard.record(exit=1))
+    assert WEB2_FAILED in titles(deliver(dashboard))
+    for status in (0, 1):
+        flood(dashboard, web1)
+        dashboard.runs(web2, dashboard.record(exit=status))
+        assert "Night/Backup on web2 " + ("failed" if status else
+                                          "works again") in titles(
+            deliver(dashboard))
+
+
+def test_notifications_of_a_host_that_wait_are_bounded(dashboard, web1, web2):
+    for _ in range(3):
+        flood(dashboard, web1)
+    waiting, = dashboard.rows("select count(*) from notifications")[0]
+    assert waiting <= koitab.LEFT_WAITING
+    first = [row for row in deliver(dashboard) if row["kind"] == "digest"]
+    left_out = sum(int(line.split()[1].replace(",", ""))
+                   for line in first[0]["text"].splitlines()
+                   if line.endswith("more on web1"))
+    assert left_out > 500
+
+
+def test_alert_whose_beginning_was_left_out_has_no_end(dashboard, web1, web2):
+    dashboard.runs(web1, *dashboard.failing(koitab.LEFT_WAITING))
+    dashboard.runs(web1, dashboard.record(tag="late", name="Late", exit=1))
+    deliver(dashboard)
+    dashboard.runs(web1, dashboard.record(tag="late", name="Late"))
+    dashboard.clock.time += 61
+    assert deliver(dashboard) == []
+
+
+def test_alert_that_was_notified_always_has_an_end(dashboard, web1, web2):
+    dashboard.runs(web1, dashboard.record(exit=1))
+    assert titles(deliver(dashboard)) == ["Night/Backup on web1 failed"]
+    dashboard.runs(web1, *dashboard.failing(koitab.LEFT_WAITING + 9))
+    dashboard.runs(web1, dashboard.record())
+    dashboard.clock.time += 61
+    digest, = deliver(dashboard)
+    assert digest["title"] == "200 alerts began, 1 ended"
+    assert digest["text"].endswith("and 160 more on web1")
+
+
+def test_receiver_that_refuses_a_hosts_text_gets_that_of_others_soon(
+        dashboard, web1, web2):
+    for record in dashboard.failing(5):
+        dashboard.runs(web1, record)
+    dashboard.runs(web2, dashboard.record(exit=1))
+    found = []
+    for _ in range(3):
+        found += deliver(dashboard, lambda row: "on web1" in row["title"])
+        dashboard.clock.time += 15
+    assert titles(found) == [WEB2_FAILED]
+
+
+def test_receiver_that_is_away_during_a_flood_gets_one_digest(dashboard, web1,
+                                                              web2):
+    for _ in range(20):
+        flood(dashboard, web1, 30)
+        deliver(dashboard, lambda row: True)
+        dashboard.clock.time += 61
+    assert dashboard.rows("select count(*) from notifications where kind = "
+                          "'digest'") == [(1,)]
+    dashboard.clock.time += 2 * HOUR
+    assert any(row["kind"] == "digest" for row in deliver(dashboard))
+
+
+def test_digest_of_many_hosts_begins_with_one_line_of_each(dashboard, web1,
+                                                           web2):
+    names = [f"host{number}" for number in range(koitab.MOST_OF_CHANNEL)]
+    dashboard.runs(web1, *dashboard.failing(60))
+    for number, name in enumerate(names):
+        access = dashboard.join(f"{number:032x}", name)
+        dashboard.runs(access, dashboard.record(exit=1))
+    digest, = deliver(dashboard)
+    lines = digest["text"].splitlines()
+    assert {f"Night/Backup on {name} failed" for name in names} < set(lines)
+    assert lines[-1] == "and 50 more on web1"
+
+
+def test_flood_of_checks_hides_no_alert_of_a_host(dashboard, web1, web2):
+    for number in range(100):
+        dashboard.ping(dashboard.ping_key, f"c{number}", "fail", create=True)
+    dashboard.runs(web1, dashboard.record(exit=1))
+    found = deliver(dashboard)
+    assert "Night/Backup on web1 failed" in titles(found)
+    digest = next(row for row in found if row["kind"] == "digest")
+    assert digest["text"].endswith("and 50 more of checks")
+
+
+def test_alert_of_a_host_whose_clock_is_ahead_begins_now(dashboard, web1,
+                                                         web2):
+    dashboard.runs(web1, dashboard.record(exit=1, ended=NOW + 400 * 86_400))
+    assert dashboard.state["alerts"][0]["since"] == NOW
+
+
+def test_output_that_one_host_withholds_delays_no_other_host(dashboard, web1,
+                                                             web2):
+    data = frames("oops\n")
+    dashboard.runs(web1, dashboard.record(exit=1, size=99))
+    number = dashboard.number + 1
+    dashboard.runs(web2, dashboard.record(exit=1, size=len(data)))
+    dashboard.sync(web2, outputs=[piece(number, 0, data)])
+    assert titles(deliver(dashboard)) == [WEB2_FAILED]
+
+
+@pytest.mark.parametrize("counts, shares, sent, plan", [
+    ({"a": 10}, {}, 0, {}),
+    ({"a": 11}, {}, 0, {"a": 60}),
+    ({"a": 1}, {"a": (10, 500)}, 10, {"a": 560}),
+    ({"a": 99, "b": 1}, {"a": (10, 500)}, 10, {"a": 560}),
+    ({"a": 1, "b": 1}, {"a": (10, 500)}, 39, {"a": 760, "b": 760})])
+def test_digests_are_planned_for_the_sources_with_too_many(counts, shares,
+                                                           sent, plan):
+    assert koitab.plan_digests(counts, shares, sent, 700) == plan
+
+
+def test_notifications_of_schema_7_are_delivered_after_the_upgrade(
+        dashboard, web1, web2):
+    dashboard.runs(web1, dashboard.record(exit=1))
+    dashboard.dashboard.db.connection.executescript(
+        BACK_TO_SCHEMA_6 + "pragma user_version=7;")
+    after = dashboard.reopen()
+    assert titles(deliver(after)) == ["Night/Backup on web1 failed"]
