@@ -72,6 +72,7 @@ without rights, C the caller.
  285 Import        which crontabs does cron have here? (files, processes) C
  461 Services      how are koid and the dashboard started?      (machine) C
   91 Source        which code runs as whom?             (files, terminal) C
+  85 Manual        how is a topic printed?         (terminal, processes) C
  144 Help          what can I look up?                          (terminal) C
  536 Command       what can I type?                            (terminal) C
 
@@ -27249,148 +27250,733 @@ def print_sections(sections: list[Section]) -> None:
 
 
 # ==========================================================================
-# Help: what can I look up?                                      (terminal; C)
+# Manual: how is a topic printed?                   (terminal, processes; C)
 #
-# gives   TOPICS, command_topic
-# needs   Error, Invocation
+# The text of this section is the same in mission.py and koitab.py. A topic
+# is printed as it is, or in roff as a manual page.
 #
-# A topic is a text that `koitab help TOPIC` prints. The README has the same
-# text, and a test compares them.
+# A topic has blocks between empty lines: a HEADING, a paragraph, an example
+# (indented by four), or terms (by two) with their meanings (by six).
 # ==========================================================================
 
-
-class Party(FrozenRecord):
-    """Who takes part in a dashboard, and what each can do at worst."""
-    name: str
-    read: str
-    change: str
-    delay: str
-    silence: str
-    tests: tuple            # names of those that prove it
+RELEASED = "2026-11-29"         # the date of the manual pages
+ROFF_ESCAPES = {ord(character): escape for character, escape in (
+    ("\\", r"\e"), ("-", r"\-"), ("'", r"\(aq"), ("^", r"\(ha"),
+    ("~", r"\(ti"))}
 
 
-PARTIES = (
-    Party("User on a host or on the dashboard's machine",
-          "their own tab, jobs and runs; of others nothing",
-          "their own tab and runs; the page, while they hold a dashboard's "
-          "port (see below)",
-          "others as far as the machine lets them; koid serves users in turn",
-          "their own jobs; browsers, while they hold that port",
-          ("test_user_cannot_act_for_another_user_in_any_environment",
-           "test_user_without_option_u_sees_and_runs_only_their_own_jobs",
-           "test_process_that_takes_the_port_gets_no_byte_of_hosts_and_"
-           "commands",
-           "test_socket_in_a_directory_that_others_can_write_is_not_used",
-           "test_host_keeps_at_most_500_jobs_and_no_user_displaces_others")),
-    Party("Host (its root, or its token)",
-          "requests for this host, and names of hosts that have to join again",
-          "what it shows of itself: name, jobs, runs, outputs",
-          "requests for this host; no other host",
-          "itself, which shows as down; no other host",
-          ("test_token_of_another_role_is_refused_on_every_route",
-           "test_result_from_another_host_is_ignored",
-           "test_key_of_another_host_does_not_verify",
-           "test_host_above_its_quota_loses_only_its_own_oldest_outputs")),
-    Party("Viewer token",
-          "all jobs, runs, outputs, alerts and hosts; no address that pings, "
-          "no secret of a channel, no argument of the type secret",
-          "nothing", "nothing", "nothing",
-          ("test_viewer_can_read_the_state_and_change_nothing",
-           "test_viewers_have_no_route_that_changes_something",
-           "test_viewer_gets_no_ping_url_and_no_secret_of_a_channel",
-           "test_secret_argument_is_not_shown_and_in_no_file")),
-    Party("Checks token",
-          "checks, their pings and the addresses that ping",
-          "checks and what was pinged", "the alerts of checks",
-          "checks, by a pause or a ping",
-          ("test_checks_token_is_refused_on_all_other_routes",)),
-    Party("Metrics token", "the numbers of /metrics, with the names of hosts, "
-          "jobs and checks", "nothing", "nothing", "nothing",
-          ("test_metrics_require_a_token", "test_no_label_contains_a_ping_url",
-           "test_token_of_another_role_is_refused_on_every_route")),
-    Party("Operator key, without the passphrase",
-          "all but secret arguments",
-          "hosts, checks, channels, tokens and, by rotate, the keys; it runs "
-          "no job",
-          "requests, which it can withdraw",
-          "alerts, by a snooze or without channels",
-          ("test_both_keys_of_a_password_differ",
-           "test_no_mutated_or_replayed_request_is_executed")),
-    Party("The dashboard's disk, or whoever took the dashboard over",
-          "all but secret arguments, keys and tokens, of which it has "
-          "SHA-256 alone; the passphrase, if the page that it serves is used",
-          "what people see; not which job a host runs, nor with what",
-          "requests, until they expire", "everything; hosts show as down",
-          ("test_the_database_holds_no_token",
-           "test_secret_argument_is_not_shown_and_in_no_file",
-           "test_compromised_dashboard_starts_no_run_by_replaying_requests",
-           "test_no_mutated_or_replayed_request_is_executed",
-           "test_host_is_identified_by_its_key_and_not_by_its_name")),
-    Party("Network, between hosts, browsers and dashboard",
-          "nothing by TLS; all by plain http", "nothing by TLS; all by plain "
-          "http", "everything", "everything; hosts show as down",
-          ("test_relay_of_tls_sees_no_string_that_a_later_request_accepts",
-           "test_server_with_another_certificate_gets_no_byte",
-           "test_recorded_bytes_of_plain_http_contain_a_valid_token")),
-    Party("Proxy that has the certificate",
-          "all that passes: keys, tokens and outputs; the passphrase, if the "
-          "page that it passes on is used",
-          "all that passes, but no signed request or list; the address of a "
-          "client, if --behind-proxy names the proxy",
-          "everything", "everything",
-          ("test_client_address_is_taken_only_from_a_configured_proxy",
-           "test_compromised_dashboard_starts_no_run_by_replaying_requests",
-           "test_altered_job_list_is_refused")),
-    Party("Pinger (an address that pings)",
-          "nothing", "the state of this check; with the ping key, new checks",
-          "the alert of this check", "this check",
-          ("test_ping_is_answered_as_by_healthchecks",
-           "test_an_unknown_ping_is_refused_before_its_body_arrives",
-           "test_pings_have_the_paths_of_healthchecks")),
-)
-SECURITY_INTRODUCTION = """\
-What each party can do at worst, and the tests that prove it. To run a job
-takes the passphrase, from which the key comes that signs the request; the
-host checks the signature, and neither dashboard nor operator key can make it.
+def term_row(term: str, meaning: str) -> str:
+    """Return a term and its meaning, as a topic has them."""
+    import textwrap
+    return f"  {term}\n" + textwrap.fill(
+        meaning[0].upper() + meaning[1:], 79, break_on_hyphens=False,
+        initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def roff_words(text: str) -> str:
+    """Return text for roff: characters that it would replace are escaped,
+    `words in backticks` are bold, and no word begins with a dot."""
+    import re
+    bold = re.sub("`([^`]+)`", r"\\fB\1\\fR", text.translate(ROFF_ESCAPES))
+    return re.sub(r"(?<!\S)\.", r"\\&.", bold)
+
+
+def roff_block(block: str, is_first: bool) -> str:
+    """Return a block of a topic in roff, see man(7). `is_first`: it is the
+    first below a heading."""
+    import textwrap
+    if block.isupper() and block[0] != " ":
+        return f".SH {roff_words(block)}"
+    if block.startswith("    "):
+        return (".nf\n" if is_first else ".PP\n.nf\n") + roff_words(
+            textwrap.dedent(block)) + "\n.fi"
+    if not block.startswith("  "):
+        return ".PP\n" * (not is_first) + textwrap.fill(
+            roff_words(block), 79, break_on_hyphens=False)
+    return "\n".join(
+        roff_words(row.strip()) if row.startswith(" " * 6)
+        else f".TP\n\\fB{roff_words(row.strip())}\\fR"
+        for row in block.split("\n"))
+
+
+def manual_page(name: str, section: int, title: str, text: str) -> str:
+    """Return a manual page in roff, made from the text of a topic. No word
+    is hyphenated (.nh): an option could not be copied."""
+    blocks = ["NAME", f"{name} - {title}", *text.strip("\n").split("\n\n")]
+    before = ["", *blocks]
+    return (f'.TH {name.upper()} {section} {RELEASED} "{PROG} {VERSION}"\n'
+            ".nh\n" + "\n".join(roff_block(block, earlier.isupper()) for
+                                block, earlier in zip(blocks, before)) + "\n")
+
+
+def start_pager():
+    """Start the caller's pager, $PAGER or less, or cat where that is missing;
+    return its Popen. Raises Error."""
+    import shlex
+    import shutil
+    import subprocess
+    pager = os.environ.get("PAGER") or shutil.which("less") or "cat"
+    try:
+        return subprocess.Popen(shlex.split(pager), stdin=subprocess.PIPE,
+                                encoding="utf-8")
+    except (OSError, ValueError) as error:      # ValueError: an open quote
+        raise Error(f"cannot start $PAGER ({escape_controls(pager)}): "
+                    f"{getattr(error, 'strerror', error)}",
+                    "export PAGER=cat") from None
+
+
+def print_paged(text: str) -> int:
+    """Print a text, on a terminal through the pager; return the exit status.
+    Raises Error, after the text was printed without a pager."""
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return 0
+    try:
+        pager = start_pager()
+    except Error:
+        print(text, end="")
+        raise
+    pager.communicate(text)
+    return 0
+
+
+# ==========================================================================
+# Help: what can I look up?                                      (terminal; C)
+#
+# gives   TOPICS, topic_text
+# needs   METRICS, term_row
+#
+# The topics of `koitab help`, in the form that Manual prints. Tests compare
+# them with the tables of settings, routes, options and states.
+# ==========================================================================
+
+DASHBOARD_TOPIC = """\
+ONE MACHINE
+
+Where koid is running:
+
+    sudo koitab -d new
+
+It prints a link and a passphrase. koid runs this dashboard from then on, also
+after a reboot. Root's is at http://127.0.0.1:877, because an ordinary user
+cannot take a port below 1024. The koid of an ordinary user runs a dashboard as
+well (`koitab -d new` without sudo), at port 8077 or a free one, as that user.
+
+From another desk, use ssh, and open http://127.0.0.1:8077 there:
+
+    ssh -L 8077:127.0.0.1:877 server
+
+If a dashboard without a passphrase already runs at 127.0.0.1:8077 (`koitab
+dashboard`, or its unit), `koitab -d new` uses that one. A dashboard is created
+once, with a founding token. It writes the token into the file
+dashboard.db.founding next to its database, which only its user and root can
+read. `koitab -d new` finds the token there, or asks for it on another machine.
+
+MANY HOSTS
+
+One host has the dashboard, with a certificate:
+
+    sudo koitab unit dashboard --listen 0.0.0.0:8077 --name koi.example.com \\
+        --cert /etc/koi/cert.pem --key /etc/koi/key.pem \\
+        | sudo tee /etc/systemd/system/koi-dashboard.service
+    sudo systemctl enable koi-dashboard
+    sudo systemctl restart koi-dashboard
+    sudo koitab -d new https://koi.example.com:8077
+
+Each other host joins with the passphrase, typed or on standard input:
+
+    sudo koitab -d join https://koi.example.com:8077 < passphrase
+
+Where there is no certificate authority, make your own certificate. Hosts trust
+it with `--ca cert.pem` after `koitab -d new URL` and `koitab -d join URL`;
+browsers import it.
+
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 \\
+        -nodes -days 3650 -subj /CN=koi.example.com \\
+        -addext subjectAltName=DNS:koi.example.com \\
+        -keyout key.pem -out cert.pem
+
+JOIN, SHOW, LEAVE
+
+  -d new [URL]
+      Make a dashboard and join it. Without URL: a dashboard of this machine,
+      which koid runs if none is there. Prints the passphrase, once.
+  -d join URL
+      Make this host a member of a dashboard.
+  -d show
+      Print the dashboard, the keys of this host, the state of the connection,
+      and the hosts that must join again after a rotate. The status is 1 if the
+      connection is down or this host must join again.
+  -d rotate
+      Make a new passphrase and new keys. The dashboard refuses the old ones at
+      once. First it names the hosts that must join again; until they do,
+      nobody can run jobs there, and the page and `-d show` list them. If the
+      old passphrase leaked, an attacker that also has the dashboard can run
+      jobs on a host with it until this host has joined again. Access tokens
+      stay valid.
+  -d token new NAME --role ROLE
+      Make an access token, and print it, once.
+  -d token list, -d token revoke NAME
+      List the access tokens with the time of their creation and last use; make
+      one invalid.
+  -d off
+      Leave the dashboard. A lost passphrase: leave, and `koitab -d new`.
+
+A passphrase is stored nowhere. Anyone with it can run the @manual jobs of all
+hosts. Upper case, blanks and dashes make no difference.
+
+ACCESS TOKENS
+
+    sudo koitab -d token new "the wall" --role viewer
+    sudo koitab -d token new prometheus --role metrics
+    sudo koitab -d token list
+    sudo koitab -d token revoke "the wall"
+
+  viewer
+      Sees everything and changes nothing. It gets no address that pings a
+      check, and of webhooks and ntfy topics only scheme and host. A person
+      types the token on the page instead of the passphrase. The page makes
+      read-only links as well (Settings), for a screen on a wall.
+  checks
+      May use Healthchecks' API and nothing else (`koitab help api`).
+  metrics
+      May read /metrics and nothing else.
+
+The dashboard keeps only the SHA-256 of a token.
+
+BEHIND A PROXY
+
+A proxy on the same machine that has the certificate. Start the dashboard with
+
+    koitab dashboard --name koi.example.com --behind-proxy 127.0.0.1
+
+and give one of these configurations to the proxy. nginx:
+
+    server {
+        listen 443 ssl;
+        server_name koi.example.com;
+        ssl_certificate /etc/koi/cert.pem;
+        ssl_certificate_key /etc/koi/key.pem;
+        client_max_body_size 8m;
+        proxy_set_header Host $http_host;
+        proxy_set_header X-Forwarded-For $remote_addr;
+        location / { proxy_pass http://127.0.0.1:8077; }
+    }
+
+nginx, below a path (https://koi.example.com/koi for hosts and browsers):
+replace the line with location by this one. The slash at the end of the URL is
+needed. Hosts join with `koitab -d join https://koi.example.com/koi`.
+
+    location /koi/ { proxy_pass http://127.0.0.1:8077/; }
+
+For the addresses in Healthchecks' API add this line below the other two:
+
+    proxy_set_header X-Forwarded-Prefix /koi;
+
+Caddy, which gets a certificate without help:
+
+    koi.example.com {
+        reverse_proxy 127.0.0.1:8077
+    }
+
+HAProxy, with certificate and key in one file:
+
+    listen koi
+        mode http
+        bind :443 ssl crt /etc/koi/both.pem
+        option forwardfor
+        timeout connect 5s
+        timeout client 1m
+        timeout server 1m
+        server koi 127.0.0.1:8077
+
+Apache, after `sudo a2enmod ssl proxy_http`:
+
+    <VirtualHost *:443>
+        ServerName koi.example.com
+        SSLEngine on
+        SSLCertificateFile /etc/koi/cert.pem
+        SSLCertificateKeyFile /etc/koi/key.pem
+        ProxyPreserveHost On
+        ProxyPass / http://127.0.0.1:8077/
+    </VirtualHost>
+
+OPTIONS OF THE DASHBOARD
+
+`koitab dashboard` has these options, and `koitab unit dashboard` most of them:
+
+  --listen ADDRESS:PORT
+      Where the dashboard listens. Default: 127.0.0.1:8077. May be repeated.
+  --name HOST
+      A name that browsers and hosts use. May be repeated. Requests for another
+      name are refused (421). localhost and loopback addresses are always
+      allowed, other addresses if the dashboard listens beyond loopback.
+  --cert FILE, --key FILE
+      Serve https with this certificate and key (PEM, TLS 1.2 or newer).
+      `koitab unit` checks them, too. SIGHUP reads both again. A certificate
+      that expires within 14 days is reported.
+  --behind-proxy ADDRESS
+      The address of a proxy. The client is then the last address in
+      X-Forwarded-For that is not such a proxy. The header of any other client
+      is ignored. May be repeated, for each proxy of a chain.
+  --plain-http
+      Serve plain http beyond this machine.
+  --db FILE
+      The database. Default: dashboard.db in the state directory; that of root
+      is /var/lib/koi-dashboard/dashboard.db.
+  --jobs N
+      How many jobs of one host are shown. Default: 500. Each user of the host
+      has an equal share. The row of the host says how many are left out; none
+      of those counts as removed.
+  --backup FILE
+      Write a copy of the database to FILE, also while the dashboard runs, and
+      exit. Root also copies the database of root's unit.
+  -u USER
+      The user that the dashboard of root becomes. Default: koi-dashboard, or
+      uid 61170 if there is no such user.
+
+HOW KEYS TRAVEL
+
+koitab and koid send keys and tokens over TLS with a trusted certificate, or
+over the dashboard's Unix socket. They use that socket for an http URL of
+loopback if only root or the user of the dashboard can have made it:
+
+  /run/koi/dashboard-877.sock
+      If koid runs the dashboard of root.
+  /run/koi-dashboard/dashboard-8077.sock
+      If root or root's unit runs the dashboard.
+  dashboard-PORT.sock next to the database
+      Otherwise. koitab and koid look only in the state directory.
+
+With --plain-http they use plain http over TCP, too. Then any user of this
+machine who takes the port while the dashboard is down can take the keys, and
+beyond this machine anyone on the network path can. koitab needs this option to
+come through ssh -L. After `koitab -d join --plain-http URL` the koid of this
+host uses plain http where there is no socket. See `koitab help security`.
+
+koid follows no redirect, uses no proxy, and sends its token to no other host.
+
+THE PAGE
+
+The page begins with one sentence: everything is well, or how many jobs, checks
+and hosts need attention. The number next to Jobs, the number in the title and
+the filter "Needs attention" count the same. Hosts that are down come first;
+their jobs are unknown and are not counted. A failing job keeps its row while
+it runs again.
+
+The page of a failing job, and that of the run, begins with what failed: the
+last lines, since when the job fails, its output, what differs from the last
+good run, and its duration next to the usual one. A running job shows the time
+that is left, once 20 good runs have shown what is usual.
+
+Day answers what did not run: it counts the starts that ran, failed, were
+missed or are still to come. Each count is a filter. Jobs with a problem on
+that day come first.
+
+Run by hand lists the @manual jobs for people who do not use a shell: each with
+its description, a form and a button. A run for a host that is down waits for 5
+minutes. It can be withdrawn until the host has fetched it.
+
+The output of a run that someone looks at is shown within a second. The page
+keeps its keys in the memory of the tab, and forgets them after 15 minutes of
+inactivity.
+
+`koitab page URL > koi.html` writes the page to a file. A page opened from disk
+runs no code of the server. A warning says who could take the keys that it
+sends by plain http, unless they go to a port below 1024 of this machine.
+
+HOSTS AND THEIR RUNS
+
+The agent of koid (koi-agent) connects to the dashboard. It is a new process
+without the host key and without rights: the user koi-agent, or uid 61171,
+where koid is root's. If it is frozen or silent for 70 seconds, koid kills it,
+reports that and starts it again. Whatever happens to the agent or the
+dashboard, jobs continue.
+
+The agent keeps one request open at the dashboard (up to 25 seconds), so a
+request for a run reaches the host at once, and it sends what is new, in the
+order of the changes. What the dashboard has acknowledged is on its disk. A run
+is known by host, history and number, so it arrives once however often it is
+sent; output follows by its offset. While the dashboard is down everything
+waits in the history of the host, even beyond KOI_KEEP: 10,000 runs at most,
+those of a removed job for 30 days. The agent tries again after 1 to 60
+seconds, and after 5 minutes if the dashboard refused the host. A record that
+the dashboard never accepts is left out and reported.
+
+The list of jobs is at most 4 MiB: first the jobs of the user that runs koid,
+then an equal share for each other user, at most 500 jobs and 500 KiB. Jobs
+that are left out for that reason stay on the dashboard, and `koitab status` of
+their user says so.
+
+A host that was not heard from for 90 seconds is down: one alert, and its jobs
+are unknown until it is back.
+
+REQUESTS
+
+A request to run a job is signed in the browser, or by `koitab run --on HOST
+NAME`, with the key of that host. The host checks in this order: size and form;
+the signature over the exact bytes; strict JSON; version, key, dashboard and
+host; its time (valid for 5 minutes, never for more than 10, at most 60 seconds
+in the future); that it was never used; that the job exists, is @manual and
+does not have KOI_CONFIRM=cli; that the job is the one the person saw (SHA-256
+of user, file, section, name, schedule, command, input and arguments, and a MAC
+with the host's key of every assignment above it); and the name, type and size
+of each argument. The host writes to disk that the request was used before the
+job starts, so a request runs at most once, also after a crash. It refuses a
+request from before a restored backup. The page shows why a request was
+refused.
+
+Arguments of the type secret are encrypted for the host: the dashboard never
+sees them. With `koitab run --on HOST NAME`, HOST is the name by which that
+host signs, or its ID; host, ID and user are printed first. -u USER is a user
+of that host, --url URL another dashboard than the one of this machine.
+
+WHAT IS KEPT
+
+Runs: 10,000 of a job, or 400 days. Output: 90 days, that of failed runs 180
+days. The audit log: 400 days. Pings: the last 100 of a check.
+
+A host has 1 GiB for output and arguments. Beyond that its oldest output is
+removed first, then its oldest runs. A check has 256 KiB for the bodies of its
+pings. No host and no check takes the space of another one.
+
+LIMITS
+
+Connections: 4,096; 512 of one address, of which 64 may be without a valid key.
+A head must arrive in 10 seconds, a body in 30. A head has at most 16 KiB, a
+ping 1 MiB, a sync 8 MiB. 1 KiB of a label and of a command is shown. After ten
+wrong keys in a minute from one network, the answers to more wrong keys come a
+second later (429). Right keys are never delayed.
+
+If the disk is full, hosts get 507 and keep what they have, pings get 503 with
+Retry-After, and pages still work. A reserve lets the dashboard delete old
+runs. A damaged database is never replaced: the dashboard says so and ends.
+
+THE PROCESS
+
+The dashboard of `koitab -d new` is a child of koid. koid opens its port and
+keeps it open, starts the dashboard, and starts it again after 1 to 60 seconds
+if it ends. It ends when koid ends. That of root runs as the user
+koi-dashboard, or as uid 61170; if that uid belongs to an account, `-d new`
+says so, and `koitab dashboard` is the other way. It has no capabilities, can
+gain no privileges, and keeps its database in /var/lib/koi-dashboard. With
+another koid the directory is next to koid's state directory, with -dashboard
+at the end of its name. The dashboard of an ordinary user runs as that user:
+that protects against the network, not against a bug in the dashboard.
+
+koid starts it again because the file dashboard in its state directory contains
+the port. To end it for good, remove that file and restart koid. To give it a
+unit, do that, and then use `koitab unit dashboard --listen 127.0.0.1:877`:
+systemd gives the directory to the unit.
+
+`koitab dashboard`, started by root, becomes the same user, or that of -u, and
+uses the same directory. With --db the directory of the database must belong to
+that user. It can read a renewed --key only if that user can. A dashboard that
+ran as root before has its database in /var/lib/koi: -u root runs it as before.
+
+koid sends the mails of the dashboard that it runs, so the sendmail of postfix
+and exim works. An attacker who took that dashboard over could make koid send
+mails: to one address each, from any address, with a subject that begins with
+koi:, at most 100 in an hour, two at a time, 256 KiB each. koid writes the
+headers. The attacker could also write 20 lines in ten seconds to koid's log,
+each marked dashboard:. Nothing else in koid is open to the dashboard.
+
+The unit of `koitab unit dashboard` for root has no account (DynamicUser): it
+sees its database and the network, and can gain no privileges. So a set-gid
+sendmail (postfix) does not work there; msmtp-mta, smtp, webhooks and ntfy do.
+`systemd-analyze security` rates this unit 1.3 (of 10; less is better). What
+stays open: the network and Unix sockets, which the dashboard needs; reading
+home directories, because the program may be in one; and PrivateUsers=, which
+fails in containers. The unit of koid is rated 9.6: what is closed to koid
+would be closed to every job.
+
+BACKUP
+
+`koitab dashboard --backup FILE` copies the database. To restore, stop the
+dashboard and put the copy in the place of dashboard.db. The dashboard then
+asks the hosts for the runs that it lacks.
 """
-SECURITY_END = """\
+SECURITY_TOPIC = """\
+PARTIES
+
+What each party can do at worst, and the tests that prove it. To run a job
+takes the passphrase, from which the key comes that signs the request; the host
+checks the signature, and neither dashboard nor operator key can make it.
+
+    User on a host or on the dashboard's machine
+        read     their own tab, jobs and runs; of others nothing
+        change   their own tab and runs; the page, while they hold a
+                 dashboard's port (see below)
+        delay    others as far as the machine lets them; koid serves users in
+                 turn
+        silence  their own jobs; browsers, while they hold that port
+        tests
+          test_user_cannot_act_for_another_user_in_any_environment
+          test_user_without_option_u_sees_and_runs_only_their_own_jobs
+          test_process_that_takes_the_port_gets_no_byte_of_hosts_and_commands
+          test_socket_in_a_directory_that_others_can_write_is_not_used
+          test_host_keeps_at_most_500_jobs_and_no_user_displaces_others
+
+    Host (its root, or its token)
+        read     requests for this host, and names of hosts that have to join
+                 again
+        change   what it shows of itself: name, jobs, runs, outputs
+        delay    requests for this host; no other host
+        silence  itself, which shows as down; no other host
+        tests
+          test_token_of_another_role_is_refused_on_every_route
+          test_result_from_another_host_is_ignored
+          test_key_of_another_host_does_not_verify
+          test_host_above_its_quota_loses_only_its_own_oldest_outputs
+
+    Viewer token
+        read     all jobs, runs, outputs, alerts and hosts; no address that
+                 pings, no secret of a channel, no argument of the type
+                 secret
+        change   nothing
+        delay    nothing
+        silence  nothing
+        tests
+          test_viewer_can_read_the_state_and_change_nothing
+          test_viewers_have_no_route_that_changes_something
+          test_viewer_gets_no_ping_url_and_no_secret_of_a_channel
+          test_secret_argument_is_not_shown_and_in_no_file
+
+    Checks token
+        read     checks, their pings and the addresses that ping
+        change   checks and what was pinged
+        delay    the alerts of checks
+        silence  checks, by a pause or a ping
+        tests
+          test_checks_token_is_refused_on_all_other_routes
+
+    Metrics token
+        read     the numbers of /metrics, with the names of hosts, jobs and
+                 checks
+        change   nothing
+        delay    nothing
+        silence  nothing
+        tests
+          test_metrics_require_a_token
+          test_no_label_contains_a_ping_url
+          test_token_of_another_role_is_refused_on_every_route
+
+    Operator key, without the passphrase
+        read     all but secret arguments
+        change   hosts, checks, channels, tokens and, by rotate, the keys; it
+                 runs no job
+        delay    requests, which it can withdraw
+        silence  alerts, by a snooze or without channels
+        tests
+          test_both_keys_of_a_password_differ
+          test_no_mutated_or_replayed_request_is_executed
+
+    The dashboard's disk, or whoever took the dashboard over
+        read     all but secret arguments, keys and tokens, of which it has
+                 SHA-256 alone; the passphrase, if the page that it serves is
+                 used
+        change   what people see; not which job a host runs, nor with what
+        delay    requests, until they expire
+        silence  everything; hosts show as down
+        tests
+          test_the_database_holds_no_token
+          test_secret_argument_is_not_shown_and_in_no_file
+          test_compromised_dashboard_starts_no_run_by_replaying_requests
+          test_no_mutated_or_replayed_request_is_executed
+          test_host_is_identified_by_its_key_and_not_by_its_name
+
+    Network, between hosts, browsers and dashboard
+        read     nothing by TLS; all by plain http
+        change   nothing by TLS; all by plain http
+        delay    everything
+        silence  everything; hosts show as down
+        tests
+          test_relay_of_tls_sees_no_string_that_a_later_request_accepts
+          test_server_with_another_certificate_gets_no_byte
+          test_recorded_bytes_of_plain_http_contain_a_valid_token
+
+    Proxy that has the certificate
+        read     all that passes: keys, tokens and outputs; the passphrase,
+                 if the page that it passes on is used
+        change   all that passes, but no signed request or list; the address
+                 of a client, if --behind-proxy names the proxy
+        delay    everything
+        silence  everything
+        tests
+          test_client_address_is_taken_only_from_a_configured_proxy
+          test_compromised_dashboard_starts_no_run_by_replaying_requests
+          test_altered_job_list_is_refused
+
+    Pinger (an address that pings)
+        read     nothing
+        change   the state of this check; with the ping key, new checks
+        delay    the alert of this check
+        silence  this check
+        tests
+          test_ping_is_answered_as_by_healthchecks
+          test_an_unknown_ping_is_refused_before_its_body_arrives
+          test_pings_have_the_paths_of_healthchecks
+
 One exception: whoever serves the page can take the passphrase that is typed
 there. While a dashboard is down, any user of its machine can take a port from
-1024 on and serve such a page; the embedded dashboard of root's koid has a
-port below that. The output of `koitab page`, opened from disk, and
-`koitab run --on HOST` do not run code of the server.
+1024 on and serve such a page; the embedded dashboard of root's koid has a port
+below that. The output of `koitab page`, opened from disk, and `koitab run --on
+HOST` do not run code of the server.
 """
+STATUS_TOPIC = """\
+EXIT STATUS
+
+  0
+      Everything succeeded.
+  1
+      The tab has errors, or something is missing or wrong. crontab(1) knows
+      only 0 and 1, so the commands that replace it use no other.
+  2
+      Wrong usage of a command that crontab(1) lacks.
+  70
+      An internal error of a process of koid, which koid's log names.
+  128+N
+      `koitab run`: signal N ended the job. Other commands: signal N ended
+      koitab.
+
+`koitab run` ends with the exit status of the job, `koitab log -f` with 0 when
+the run has ended, whatever its result was, and with 130 after Ctrl-C. `koitab
+status` ends with 1 if koid does not run, the last run of a job failed, or
+anything else that it shows is wrong. `koitab -d show` ends with 1 if the
+connection to the dashboard is down or this host must join again.
+
+STATES OF A RUN
+
+`koitab history`, `koitab status` and the page show these states:
+
+  queued
+      The run waits: for the run before it, for the time of a retry, for
+      RANDOM_DELAY, or for its claim in a group (KOI_ONE_OF).
+  running
+      The job is running.
+  done
+      The job has ended, with an exit status or by a signal.
+  interrupted
+      The supervisor of the run was killed, the machine went down, or koid
+      cannot account for the run. It is not repeated.
+  elsewhere
+      Another host of the group ran it. The reason names the host.
+  missed
+      The run should have started while koid did not run or while the clock was
+      set, or no host claimed it in time.
+  skipped
+      The run was not started on purpose: the job still ran (KOI_OVERLAP), it
+      was paused, the date is in KOI_SKIP, the run was taken out of the queue,
+      a share of the user was used up, or the job was removed or changed while
+      the run waited. One row stands for all such starts of a job on a day.
+  unstartable
+      The run could not be started: no such user, shell or process. The reason
+      says why.
+
+TRIGGERS
+
+  schedule
+      The schedule of the job.
+  manual
+      A person, with `koitab run` or on the page.
+  after
+      A run of the job that @after names ended with status 0.
+  catch-up
+      The start was missed, and the job has KOI_CATCHUP=yes.
+  retry
+      The attempt before failed, and KOI_RETRY allows another one.
+  reboot
+      The machine was booted (@reboot).
+
+STATES OF JOBS, CHECKS AND HOSTS
+
+The page, badges and the API show these states:
+
+  ok, failed, running, late, missed, skipped
+      The result of the last run of a job, or what it does now. late: a start
+      is overdue and no run was reported.
+  new
+      A job that did not run yet, a check without a ping, or a host that has
+      not reported yet.
+  unknown
+      A job whose host is down.
+  up, grace, down, paused
+      A check: pinged in time; late but within its grace time; late, or a
+      failure was reported; not watched.
+  up, down, left, duplicate
+      A host: reports; was not heard from for 90 seconds; has left the
+      dashboard; another host has the same host ID (a cloned machine).
+
+PROGRAMS
+
+`koitab status --json`, `koitab history --json`, `koitab next --json` and
+`koitab log --json` print JSON with times in the form of RFC 3339. `koitab help
+api` has the interfaces of the dashboard, with metrics for Prometheus.
+"""
+TITLE = "a drop-in replacement for cron, with a dashboard"
+STATUS_MEANINGS = """\
+  0
+      Everything succeeded.
+  1
+      The tab has errors, or something is missing or wrong.
+  2
+      Wrong usage of a command that crontab(1) lacks.
+  70
+      An internal error of a process of koid, which koid's log names.
+  128+N
+      `koitab run`: signal N ended the job; otherwise the job's own status.
+      Other commands: signal N ended koitab.
+"""
+MANUAL = """\
+SYNOPSIS
+
+`koitab` COMMAND [OPTION]... [ARGUMENT]...
+
+DESCRIPTION
+
+koitab replaces crontab(1), and koid, the daemon, replaces cron(8). koitab
+installs a tab, which is a crontab in koi's format; koid starts its jobs. A job
+can have a name, a section, settings such as a time limit, and arguments that a
+form asks for. Each run and its output is kept. A dashboard shows the jobs of
+many hosts, and people run jobs there; the host verifies each such request.
+
+`koid` is koitab under another name: it runs the command daemon. With the name
+`crontab` the program uses the messages of crontab(1).
+
+COMMANDS
+
+{commands}
+
+OPTIONS
+
+Options may be given before or after the command, but not after "--".
+
+{options}
+
+EXIT STATUS
+
+{statuses}
+
+EXAMPLES
+
+{examples}
+
+SEE ALSO
+
+{pages}
+"""
+TOPICS = {      # name: (title, text)
+    "dashboard": ("make, join, serve and look after a dashboard",
+                  DASHBOARD_TOPIC),
+    "security": ("what protects whom from what", SECURITY_TOPIC),
+    "status": ("exit statuses, states and results", STATUS_TOPIC),
+}
 
 
-def security_text() -> str:
-    """Return the topic `security`: a paragraph for each of PARTIES."""
-    import textwrap
-    parts = [SECURITY_INTRODUCTION]
-    for party in PARTIES:
-        rows = [textwrap.fill(
-            getattr(party, word), 79, initial_indent=f"    {word:9}",
-            subsequent_indent=" " * 13, break_on_hyphens=False)
-            for word in ("read", "change", "delay", "silence")]
-        tests = [f"      {name}" for name in party.tests]
-        parts.append("\n".join([party.name, *rows, "    tests", *tests, ""]))
-    return "\n".join([*parts, SECURITY_END])
-
-
-TOPICS = {      # name -> (title, function that returns the text)
-    "security": ("what each party of a dashboard can do at worst",
-                 security_text)}
-
-
-def command_topic(_options: Invocation, topic: str = "") -> int:
-    """koitab help: print a topic, or the list of them. Raises Error."""
-    if not topic:
-        for name, (title, _text) in TOPICS.items():
-            print(f"{PROG} help {name:12} {title}")
-        return EXIT_OK
-    if topic not in TOPICS:
-        raise Error(f"no topic {short(topic)}", f"{PROG} help", EXIT_USAGE)
-    print(TOPICS[topic][1](), end="")
-    return EXIT_OK
+def topic_text(name: str) -> str:
+    """Return the text of a topic, with the metrics where they belong."""
+    return TOPICS[name][1].replace("{METRICS}", "\n".join(
+        map(term_row, METRICS, METRICS.values())))
 
 
 # ==========================================================================
@@ -27539,6 +28125,38 @@ def fish_option(option: Option) -> str:
     return f"{'-l' if name[:2] == '--' else '-s'} {name.lstrip('-')} {how}"
 
 
+def command_topic(_options: Invocation, topic: str = "") -> int:
+    """koitab help: print a topic, the help of a command, or what there is.
+    Raises Error."""
+    if topic in TOPICS:
+        return print_paged(topic_text(topic))
+    if topic in COMMANDS:
+        return print_paged(command_help(topic))
+    if topic:
+        raise unknown_topic(topic, [*TOPICS, *COMMANDS], "help")
+    for name, (title, _text) in TOPICS.items():
+        print(f"{PROG} help {name:12} {title}")
+    print(f"{PROG} help COMMAND      its options and examples")
+    return EXIT_OK
+
+
+def command_man(_options: Invocation, topic: str = "") -> int:
+    """koitab man: print koitab(1), or the page of a topic. Raises Error."""
+    if topic and topic not in TOPICS:
+        raise unknown_topic(topic, TOPICS, "man")
+    print(manual_page(f"{PROG}-{topic}", 7, TOPICS[topic][0],
+                      topic_text(topic)) if topic else
+          manual_page(PROG, 1, TITLE, manual_text()), end="")
+    return EXIT_OK
+
+
+def unknown_topic(topic: str, known, command: str) -> Error:
+    """Return the error for a topic that is not one of `known`."""
+    meant = nearest(topic, known)
+    return Error(f"unknown topic {short(topic)}",
+                 f"{PROG} {command} {meant}".rstrip(), EXIT_USAGE)
+
+
 def command_page(options: Invocation, url: str = "") -> int:
     """koitab page: the page as a file. Opened from disk, its code never
     comes from the server. Raises Error."""
@@ -27563,7 +28181,9 @@ class Command(FrozenRecord):
     help: str                   # a verb phrase
     usage: tuple = ("",)        # "SLUG [RUN]"; lower case is typed as it is
     options: tuple = ()         # keys of OPTIONS
-    text: str = ""              # a paragraph for `koitab COMMAND --help`
+    text: str = ""              # a paragraph for its help
+    examples: str = ""          # command lines for its help
+    topic: str = "behaviour"    # where to read more
 
     @property
     def status(self) -> int:
@@ -27591,22 +28211,32 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         ("[FILE|-]",), ("user",),
         "Without a FILE, or with -, the tab is read from standard input. "
         "Every error is printed with its line and column, and then nothing "
-        "is installed. A file with the name of a command is ./run."),
+        "is installed. A file with the name of a command is ./run.",
+        examples="koitab tab\nkoitab - < tab\nkoitab -u alice tab",
+        topic="tab"),
     "-e": Command(
         command_edit, CRONTAB, "edit your tab", options=("edit", "user"),
         text="The editor is that of VISUAL or EDITOR. What it saves is "
-        "installed; an edit that cannot be installed is kept in a file."),
-    "-l": Command(command_list, CRONTAB, "list it",
+        "installed; an edit that cannot be installed is kept in a file.",
+        examples="koitab -e\nEDITOR=nano koitab -e\nkoitab -u alice -e",
+        topic="tab"),
+    "-l": Command(command_list, CRONTAB, "list your tab",
                   options=("list", "user"),
                   text="The tab is printed byte for byte, but a terminal gets "
-                  "no control characters."),
-    "-r": Command(command_remove, CRONTAB, "remove it; -i asks before",
+                  "no control characters.",
+        examples="koitab -l\nkoitab -l > tab",
+        topic="tab"),
+    "-r": Command(command_remove, CRONTAB, "remove your tab",
                   options=("remove", "ask", "user"),
-                  text="Runs that are active continue."),
+                  text="Runs that are active continue.",
+        examples="koitab -r -i\nkoitab -u alice -r",
+        topic="files"),
     "-T": Command(
-        command_test, CRONTAB, "print the errors of a tab",
+        command_test, CRONTAB, "test a tab",
         ("FILE",), ("test",), "Nothing is installed. The exit status is 1 if "
-        "the tab has errors; a warning alone leaves it 0."),
+        "the tab has errors; a warning alone leaves it 0.",
+        examples="koitab -T tab\nkoitab -l | koitab -T -",
+        topic="tab"),
     "run": Command(
         command_run, JOBS, "run a job, wait for its end",
         ("NAME [ARG=VALUE]...",), ("user", "on", "url", "ca", "plain_http"),
@@ -27615,49 +28245,69 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "terminal. Ctrl-C reaches the job, a third one leaves it running. "
         "With --on, the job runs on another host of the dashboard: the "
         "request is signed here, with the passphrase from the terminal or "
-        "standard input."),
+        "standard input.",
+        examples="koitab run Nightly\nkoitab run \"Say hi\" To=Ann Times=2\n"
+        "koitab run --on web1 \"Restart web\"",
+        topic="arguments"),
     "next": Command(
         command_next, JOBS, "print the next starts", ("[NAME]",),
         ("user", "number", "start", "tab", "utc", "json"),
         "Without NAME, the starts of all jobs. TIME is 2026-03-29T01:30, with "
         "an offset or Z, or else in local time. The variable TZ sets the time "
-        "zone of --tab. Without --tab, a pause and the last run are shown."),
+        "zone of --tab. Without --tab, a pause and the last run are shown.",
+        examples="koitab next\nkoitab next Nightly -n 10 --utc\n"
+        "koitab next --tab tab --from 2026-10-24",
+        topic="tab"),
     "history": Command(
         command_history, JOBS, "list past runs", ("[NAME]",),
         ("user", "number", "json"), "When each run started, by what, how long "
-        "it took and how it ended; the newest is the last."),
+        "it took and how it ended; the newest is the last.",
+        examples="koitab history\nkoitab history Nightly -n 100",
+        topic="status"),
     "log": Command(
         command_log, JOBS, "print the output of a run", ("RUN|NAME",),
         ("user", "follow", "json"), "NAME is a job's name; its newest run is "
         "meant. RUN is a number that koitab history shows. With -f, the "
         "output is printed as it comes until the run has ended; the exit "
         "status is then 0, however the run ended. Ctrl-C ends koitab and not "
-        "the run."),
+        "the run.",
+        examples="koitab log Nightly\nkoitab log 17 -f",
+        topic="status"),
     "kill": Command(command_kill, JOBS, "end a run", ("RUN|NAME",),
                     ("user",), "SIGTERM, and SIGKILL ten seconds later. A run "
                     "that is queued is skipped. RUN is a number that koitab "
                     "status shows; NAME is a job's name, its newest run that "
-                    "has not ended is meant."),
+                    "has not ended is meant.",
+        examples="koitab kill Nightly\nkoitab kill 17"),
     "pause": Command(
         command_pause, JOBS, "let a job start by hand alone", ("NAME",),
         ("user", "until"), "A paused job makes no start by schedule, @after, "
         "retry, catch-up or @reboot, but koitab run and the dashboard still "
-        "start it. Its active runs continue."),
+        "start it. Its active runs continue.",
+        examples="koitab pause Nightly\nkoitab pause Nightly --until 12h\n"
+        "koitab pause Nightly --until 2026-12-24T08:00"),
     "resume": Command(
         command_resume, JOBS, "end the pause of a job", ("NAME",), ("user",),
         "The next start that falls due is made. Starts of the time before are "
-        "not made up for."),
+        "not made up for.",
+        examples="koitab resume Nightly"),
     "status": Command(
         command_status, JOBS, "show koid, problems, active runs",
         options=("user", "json"), text="The exit status is 1 if koid does not "
-        "run, a job's last run failed, or something else is wrong."),
+        "run, a job's last run failed, or something else is wrong.",
+        examples="koitab status\nkoitab status --json",
+        topic="status"),
     "dashboard": Command(
         command_dashboard, DASHBOARD, "serve the dashboard of all hosts",
         options=DASHBOARD_OPTIONS + ("backup", "user"),
         text="It stays in the foreground; koitab unit dashboard starts it at "
         "boot. Started by root it becomes the user of -u (koi-dashboard, else "
         "uid 61170). Beyond this machine it needs --cert and --key, a proxy "
-        "with https, or --plain-http. SIGHUP reads the certificate again."),
+        "with https, or --plain-http. SIGHUP reads the certificate again.",
+        examples="koitab dashboard\n"
+        "koitab dashboard --name koi.example.com --behind-proxy 127.0.0.1\n"
+        "koitab dashboard --backup /srv/backup/dashboard.db",
+        topic="dashboard"),
     "-d": Command(
         command_enrollment, DASHBOARD, "join, show or leave a dashboard",
         ("new [URL]", "join URL", "show", "rotate", "off",
@@ -27670,45 +28320,66 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "dashboard refuses the old ones at once, and each other host must "
         "join again, while access tokens stay valid; off leaves the "
         "dashboard; token makes, lists or revokes an access token, with the "
-        "passphrase."),
+        "passphrase.",
+        examples="koitab -d new\nkoitab -d join https://koi.example.com:8077\n"
+        "koitab -d token new prometheus --role metrics",
+        topic="dashboard"),
     "page": Command(
         command_page, DASHBOARD, "print the page, to open from disk",
         ("[URL]",), text="The code of a page that was opened from disk never "
         "comes from the server. URL is the dashboard's (default: the one of "
-        "this machine)."),
+        "this machine).",
+        examples="koitab page > koi.html\n"
+        "koitab page https://koi.example.com:8077 > koi.html",
+        topic="security"),
     "import": Command(
         command_import, SETUP, "print cron's tabs as a koitab",
         options=("user",), text="The tabs of the user, and for root "
-        "/etc/crontab and /etc/cron.d as well. Nothing is installed."),
+        "/etc/crontab and /etc/cron.d as well. Nothing is installed.",
+        examples="koitab import > tab"),
     "daemon": Command(
         command_daemon, SETUP, "be koid, which starts jobs",
         options=("system", "container") + ETCD_OPTIONS,
         text="It stays in the foreground, and has the name koid, too. Jobs "
         "continue when it stops. The options for etcd are for jobs with "
-        "KOI_ONE_OF, whose starts several hosts share."),
+        "KOI_ONE_OF, whose starts several hosts share.",
+        examples="koid &\nkoid --system\nkoid --container"),
     "unit": Command(
         command_unit, SETUP, "print a unit for systemd",
         ("daemon", "dashboard"), ("system",) + ETCD_OPTIONS
         + DASHBOARD_OPTIONS,
         "With these options the unit starts koid or the dashboard: --system "
         "and those for etcd are for daemon, the others for dashboard. On "
-        "macOS it is a property list for launchd."),
+        "macOS it is a property list for launchd.",
+        examples="koitab unit daemon > /etc/systemd/system/koid.service\n"
+        "koitab unit dashboard --listen 127.0.0.1:877",
+        topic="dashboard"),
     "completion": Command(
         command_completion, SETUP, "print completion for a shell",
         ("bash|zsh|fish|names",), ("user",),
         "The first line of the script says where to put it. names prints the "
-        "names of the jobs, one a line: the scripts complete with them."),
+        "names of the jobs, one a line: the scripts complete with them.",
+        examples="koitab completion bash > /etc/bash_completion.d/koitab\n"
+        "koitab completion fish > /etc/fish/completions/koitab.fish"),
     "help": Command(
-        command_topic, SETUP, "print the text of a topic", ("[TOPIC]",),
-        text="Without a TOPIC, the topics. security says what each party of a "
-        "dashboard can read, change, delay and silence."),
+        command_topic, SETUP, "explain a topic or a command", ("[TOPIC]",),
+        text="Without TOPIC it lists the topics. TOPIC may also be a command. "
+        "On a terminal the text goes through $PAGER.",
+        examples="koitab help tab\nkoitab help run"),
+    "man": Command(
+        command_man, SETUP, "print a manual page in roff", ("[TOPIC]",),
+        text="Without TOPIC it is the page koitab(1).",
+        examples="koitab man > /usr/local/share/man/man1/koitab.1\n"
+        "koitab man tab | man -l -"),
     "source": Command(
         command_source, SETUP, "print what this program runs",
         ("[SECTION|daemon|dashboard]",), text="Without an argument, the "
         "sections of this file: the question that each answers, its lines, "
         "and who it runs as (R the user of koid, J the user of a job, U a "
         "user without rights, C the caller). daemon is what koid runs after "
-        "its start, dashboard what the dashboard runs."),
+        "its start, dashboard what the dashboard runs.",
+        examples="koitab source\nkoitab source Plan\nkoitab source daemon",
+        topic="security"),
 }
 # Options that stand for a command. crontab(1) permits one of them at a time.
 OPERATION_KEYS = ("edit", "list", "remove", "test", "action")
@@ -27726,24 +28397,37 @@ def synopsis(name: str, usage: str) -> str:
 
 
 def overview() -> str:
-    """Return the text of `koitab --help`: at most 24 lines."""
+    """Return the text of `koitab --help`: at most 24 lines. The options of
+    crontab(1) share one."""
+    own = [name for name, command in COMMANDS.items()
+           if command.group == CRONTAB and name != "-"]
     rows, group = [], ""
     for name, command in COMMANDS.items():
-        usage = command.usage[0] if len(command.usage) == 1 \
-            else "|".join(command.choices())
-        typed = synopsis(name, usage).partition(" ")[2]
+        typed, text = usage_line(name).partition(" ")[2], command.help
+        if name in own[1:]:
+            continue
+        if name in own:
+            typed = ", ".join(own) + " FILE"
+            text = ", ".join(COMMANDS[each].help.split()[0]
+                             for each in own) + " a tab"
         heading = command.group if command.group != group else ""
         group = command.group
-        rows.append(f"{heading:11}{typed:34}{command.help}\n")
-    return (f"{PROG}: a drop-in replacement for cron, with a dashboard.\n"
-            f"Usage: {PROG} COMMAND [OPTION]... [ARGUMENT]...   "
-            f"({PROG} COMMAND --help)\n"
-            f"{''.join(rows)}")
+        rows.append(f"{heading:11}{typed:34}{text}\n")
+    return (f"{PROG}: {TITLE}.\n"
+            f"Usage: {PROG} COMMAND [OPTION]... [ARGUMENT]...\n"
+            f"{''.join(rows)}{PROG} help COMMAND shows options and examples. "
+            f"{PROG} help TOPIC explains:\n{', '.join(TOPICS)}.\n")
+
+
+def usage_line(name: str) -> str:
+    """Return what is typed for a command, in one line."""
+    command = COMMANDS[name]
+    return synopsis(name, command.usage[0] if len(command.usage) == 1
+                    else "|".join(command.choices()))
 
 
 def command_help(name: str) -> str:
-    """Return the text of `koitab COMMAND --help`: usage, a paragraph, its
-    options."""
+    """Return the text of `koitab COMMAND --help`."""
     import textwrap
     command, own = COMMANDS[name], synopsis(name, "")
     usage = "\n       ".join(f"{synopsis(name, line)} [OPTION]..."
@@ -27752,7 +28436,24 @@ def command_help(name: str) -> str:
                       for key in (*command.options, "help")
                       if OPTIONS[key].names[0] != name)
     return (f"{own}: {command.help}\n\nUsage: {usage}\n\n"
-            f"{textwrap.fill(command.text, 79)}\n\nOptions:\n{options}")
+            f"{textwrap.fill(command.text, 79)}\n\nOptions:\n{options}\n"
+            f"Examples:\n{textwrap.indent(command.examples, '  ')}\n\n"
+            f"See also: {PROG} help {command.topic}\n")
+
+
+def manual_text() -> str:
+    """Return the text of koitab(1), in the form of a topic."""
+    import textwrap
+    lines = dict.fromkeys("\n".join(
+        command.examples for command in COMMANDS.values()).split("\n"))
+    return MANUAL.format(
+        commands="\n".join(term_row(usage_line(name), command.text)
+                           for name, command in COMMANDS.items()),
+        options="\n".join(term_row(option.spelling, option.help + ".")
+                          for option in OPTIONS.values()),
+        statuses=STATUS_MEANINGS.rstrip("\n"),
+        examples=textwrap.indent("\n".join(lines), "    "),
+        pages=", ".join(f"`{PROG}-{name}`(7)" for name in TOPICS))
 
 
 def option_help(option: Option) -> str:

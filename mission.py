@@ -38,6 +38,7 @@ O the owner of the repository.
  236 RunLog    where do the lines of a run go?          (files, terminal)    C
  966 Run       how are the steps of a run carried out?  (machine)            C
  160 Sample    what does `init` write?                  (nothing)            C
+  85 Manual    how is a topic printed?                (terminal, processes) C
  439 Help      what can I look up?                     (nothing)            C
 1068 Command   what can I type?                         (terminal)           C
 
@@ -7132,17 +7133,103 @@ complete -c mission -f -a "OPTIONS"
 
 
 # ==========================================================================
-# Help: what can I look up?                                     (nothing; C)
+# Manual: how is a topic printed?                   (terminal, processes; C)
 #
-# `mission help TOPIC` prints a topic as it is here, `mission man TOPIC`
-# the same text in roff. Every key of the configuration has a row in the
-# topic "config", which comes from the tables that the reader uses.
+# The text of this section is the same in mission.py and koitab.py. A topic
+# is printed as it is, or in roff as a manual page.
 #
 # A topic has blocks between empty lines: a HEADING, a paragraph, an example
 # (indented by four), or terms (by two) with their meanings (by six).
 # ==========================================================================
 
 RELEASED = "2026-11-29"         # the date of the manual pages
+ROFF_ESCAPES = {ord(character): escape for character, escape in (
+    ("\\", r"\e"), ("-", r"\-"), ("'", r"\(aq"), ("^", r"\(ha"),
+    ("~", r"\(ti"))}
+
+
+def term_row(term: str, meaning: str) -> str:
+    """Return a term and its meaning, as a topic has them."""
+    import textwrap
+    return f"  {term}\n" + textwrap.fill(
+        meaning[0].upper() + meaning[1:], 79, break_on_hyphens=False,
+        initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def roff_words(text: str) -> str:
+    """Return text for roff: characters that it would replace are escaped,
+    `words in backticks` are bold, and no word begins with a dot."""
+    import re
+    bold = re.sub("`([^`]+)`", r"\\fB\1\\fR", text.translate(ROFF_ESCAPES))
+    return re.sub(r"(?<!\S)\.", r"\\&.", bold)
+
+
+def roff_block(block: str, is_first: bool) -> str:
+    """Return a block of a topic in roff, see man(7). `is_first`: it is the
+    first below a heading."""
+    import textwrap
+    if block.isupper() and block[0] != " ":
+        return f".SH {roff_words(block)}"
+    if block.startswith("    "):
+        return (".nf\n" if is_first else ".PP\n.nf\n") + roff_words(
+            textwrap.dedent(block)) + "\n.fi"
+    if not block.startswith("  "):
+        return ".PP\n" * (not is_first) + textwrap.fill(
+            roff_words(block), 79, break_on_hyphens=False)
+    return "\n".join(
+        roff_words(row.strip()) if row.startswith(" " * 6)
+        else f".TP\n\\fB{roff_words(row.strip())}\\fR"
+        for row in block.split("\n"))
+
+
+def manual_page(name: str, section: int, title: str, text: str) -> str:
+    """Return a manual page in roff, made from the text of a topic. No word
+    is hyphenated (.nh): an option could not be copied."""
+    blocks = ["NAME", f"{name} - {title}", *text.strip("\n").split("\n\n")]
+    before = ["", *blocks]
+    return (f'.TH {name.upper()} {section} {RELEASED} "{PROG} {VERSION}"\n'
+            ".nh\n" + "\n".join(roff_block(block, earlier.isupper()) for
+                                block, earlier in zip(blocks, before)) + "\n")
+
+
+def start_pager():
+    """Start the caller's pager, $PAGER or less, or cat where that is missing;
+    return its Popen. Raises Error."""
+    import shlex
+    import shutil
+    import subprocess
+    pager = os.environ.get("PAGER") or shutil.which("less") or "cat"
+    try:
+        return subprocess.Popen(shlex.split(pager), stdin=subprocess.PIPE,
+                                encoding="utf-8")
+    except (OSError, ValueError) as error:      # ValueError: an open quote
+        raise Error(f"cannot start $PAGER ({escape_controls(pager)}): "
+                    f"{getattr(error, 'strerror', error)}",
+                    "export PAGER=cat") from None
+
+
+def print_paged(text: str) -> int:
+    """Print a text, on a terminal through the pager; return the exit status.
+    Raises Error, after the text was printed without a pager."""
+    if not sys.stdout.isatty():
+        print(text, end="")
+        return 0
+    try:
+        pager = start_pager()
+    except Error:
+        print(text, end="")
+        raise
+    pager.communicate(text)
+    return 0
+
+
+# ==========================================================================
+# Help: what can I look up?                                     (nothing; C)
+#
+# The topics of `mission help`. Every key of the configuration has a row in
+# the topic "config", which comes from the tables that the reader uses.
+# ==========================================================================
+
 STATUS_MEANINGS = """\
   0
       Everything succeeded. Nothing is written to stderr.
@@ -7507,14 +7594,6 @@ def default_text(kind: ValueType, default) -> str:
     return f" Default: {json.dumps(value)}."
 
 
-def term_row(term: str, meaning: str) -> str:
-    """Return a term and its meaning, as a topic has them."""
-    import textwrap
-    return f"  {term}\n" + textwrap.fill(
-        meaning[0].upper() + meaning[1:], 79, break_on_hyphens=False,
-        initial_indent=" " * 6, subsequent_indent=" " * 6)
-
-
 def key_row(path: str, kind: ValueType, default, meaning: str) -> str:
     """Return the row of a key in the topic "config"."""
     return term_row(path, f"{meaning}. Value: {kind.expected}."
@@ -7528,46 +7607,6 @@ def topic_text(name: str) -> str:
     return TOPICS[name][1].replace("{KEYS}\n", keys + "\n").replace(
         "{STATUSES}\n", STATUS_MEANINGS).replace(
         "{RESULTS}\n", RESULT_MEANINGS)
-
-
-ROFF_ESCAPES = {ord(character): escape for character, escape in (
-    ("\\", r"\e"), ("-", r"\-"), ("'", r"\(aq"), ("^", r"\(ha"),
-    ("~", r"\(ti"))}
-
-
-def roff_words(text: str) -> str:
-    """Return text for roff: characters that it would replace are escaped,
-    `words in backticks` are bold, and no word begins with a dot."""
-    import re
-    bold = re.sub(r"`(.+?)`", r"\\fB\1\\fR", text.translate(ROFF_ESCAPES))
-    return re.sub(r"(?<!\S)\.", r"\\&.", bold)
-
-
-def roff_block(block: str, is_first: bool) -> str:
-    """Return a block of a topic in roff, see man(7). `is_first`: it is the
-    first below a heading."""
-    import textwrap
-    if block.isupper():
-        return f".SH {block}"
-    if block.startswith("    "):
-        return (".nf\n" if is_first else ".PP\n.nf\n") + roff_words(block) \
-            + "\n.fi"
-    if not block.startswith("  "):
-        return ".PP\n" * (not is_first) + textwrap.fill(
-            roff_words(block), 79, break_on_hyphens=False)
-    return "\n".join(
-        roff_words(row.strip()) if row.startswith(" " * 6)
-        else f".TP\n\\fB{roff_words(row.strip())}\\fR"
-        for row in block.split("\n"))
-
-
-def manual_page(name: str, section: int, title: str, text: str) -> str:
-    """Return a manual page in roff, made from the text of a topic."""
-    blocks = ["NAME", f"{name} - {title}", *text.strip("\n").split("\n\n")]
-    before = ["", *blocks]
-    return (f'.TH {name.upper()} {section} {RELEASED} "mission {VERSION}"\n'
-            + "\n".join(roff_block(block, earlier.isupper()) for
-                        block, earlier in zip(blocks, before)) + "\n")
 
 
 # ==========================================================================
@@ -8229,29 +8268,6 @@ def send_log(send, path: str) -> None:
                 lines = file.readlines(CHUNK)
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
-
-
-def start_pager():
-    """Start the caller's pager, $PAGER or less, or cat where that is missing;
-    return its Popen. Raises Error."""
-    import shlex
-    import subprocess
-    pager = shlex.split(os.environ.get("PAGER") or find_program("less")
-                        or "cat")
-    try:
-        return subprocess.Popen(pager, stdin=subprocess.PIPE,
-                                encoding="utf-8")
-    except OSError as error:
-        raise Error(f"{pager[0]}: {error.strerror}", "PAGER=cat") from None
-
-
-def print_paged(text: str) -> int:
-    """Print a text, through the pager on a terminal; the exit status."""
-    if sys.stdout.isatty():
-        start_pager().communicate(text)
-    else:
-        print(text, end="")
-    return EXIT_OK
 
 
 def command_help(_options, topic: str = "") -> int:

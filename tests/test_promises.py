@@ -321,7 +321,7 @@ def annotation_words(name: str) -> set[str]:
             if isinstance(leaf, ast.Name)}
 
 
-@pytest.mark.parametrize("section", ["Common", "Client"])
+@pytest.mark.parametrize("section", ["Common", "Client", "Manual"])
 def test_shared_section_is_the_same_text_in_both_files(section):
     texts = [part.text for name in SOURCES for part in sections(name)
              if part.name == section]
@@ -563,23 +563,6 @@ def test_every_exit_status_is_in_the_readmes_table():
 def test_every_exit_status_is_in_the_manual_and_its_topic(text):
     for value in EXITS:
         assert re.search(rf"^  {value}\b", text, re.M)
-
-
-def test_readme_documents_every_option_command_setting_and_state():
-    """Options, commands, settings, types, states and triggers."""
-    koitab = support.load("koitab")
-    text = (support.ROOT / "README.md").read_text(encoding="utf-8")
-    koi = text[text.index("\n# koi\n"):]
-    options = {name for option in koitab.OPTIONS.values()
-               for name in option.names}
-    wanted = options | set(koitab.SETTINGS) | set(koitab.SPECIALS) | {
-        "@manual", "@reboot", "catch-up", "retry"}
-    wanted |= {f"koitab {name}" for name in koitab.COMMANDS}
-    assert sorted(word for word in wanted if not re.search(
-        rf"(?<![\w-]){re.escape(word)}(?![\w-])", koi)) == []
-    states = set(re.findall(r"^\| `([a-z]+)` \|", koi, re.M))
-    assert {"queued", "running", "done", "interrupted", "missed", "skipped",
-            "unstartable"} <= states
 
 
 # --- the sample -----------------------------------------------------------

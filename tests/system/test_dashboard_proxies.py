@@ -1,4 +1,4 @@
-"""The dashboard behind real proxies, with the configurations of the README.
+"""The dashboard behind real proxies, as `koitab help dashboard` has them.
 
 A block is used as it is printed: only ports and paths are replaced. What the
 distribution's main configuration would add around it is in FRAMES.
@@ -25,35 +25,35 @@ from dashboard_rig import (
 
 support.PARTS.update(nginx="nginx-light", apache2="apache2-bin")
 
-README = (support.ROOT / "README.md").read_text(encoding="utf-8")
 NAME = "koi.example.com"
-# As the README starts it.
+TOPIC = koitab.topic_text("dashboard")
+# As the topic starts it.
 SERVER_OPTIONS = re.search(
-    r"^    koitab dashboard (--name .+--behind-proxy .+)$", README,
+    r"^    koitab dashboard (--name .+--behind-proxy .+)$", TOPIC,
     re.M)[1].split()
 TAB = '"Say" @manual echo hello\n'
 CLIENT = "127.0.0.5"        # unlike the proxy's address
 
 
-def readme_block(first: str) -> str:
-    """The block of the README that begins with this line, without indent."""
-    block = re.search(rf"^    {re.escape(first)}\n(?:    .*\n)+", README, re.M)
+def topic_block(first: str) -> str:
+    """The block of the topic that begins with this line, without indent."""
+    block = re.search(rf"^    {re.escape(first)}\n(?:    .*\n)+", TOPIC, re.M)
     return re.sub(r"^    ", "", block[0], flags=re.M)
 
 
 def nginx_block() -> str:
-    return readme_block("server {")
+    return topic_block("server {")
 
 
 def nginx_block_below_a_path() -> str:
-    """The block with the line that the README has for a path."""
-    location = re.search(r"`(location /koi/ \{.+?\})`", README)[1]
+    """The block with the line that the topic has for a path."""
+    location = re.search(r"^    (location /koi/ \{.+\})$", TOPIC, re.M)[1]
     found, count = re.subn(r"location / \{.+\}", location, nginx_block())
     assert count == 1
     return found
 
 
-# {block} is the README's, {folder} a directory of the proxy's own.
+# {block} is the topic's, {folder} a directory of the proxy's own.
 FRAMES = {"nginx": """
 pid {folder}/pid;
 error_log {folder}/log;
@@ -98,9 +98,9 @@ MODULES = "/usr/lib/apache2/modules"
 PROXIES = {
     "nginx": ("nginx", nginx_block, ""),
     "nginx_below_a_path": ("nginx", nginx_block_below_a_path, "/koi"),
-    "caddy": ("caddy", lambda: readme_block(f"{NAME} {{"), ""),
-    "haproxy": ("haproxy", lambda: readme_block("listen koi"), ""),
-    "apache": ("apache2", lambda: readme_block("<VirtualHost *:443>"), "")}
+    "caddy": ("caddy", lambda: topic_block(f"{NAME} {{"), ""),
+    "haproxy": ("haproxy", lambda: topic_block("listen koi"), ""),
+    "apache": ("apache2", lambda: topic_block("<VirtualHost *:443>"), "")}
 
 
 class ClientOfProxy(HttpClient):
@@ -114,7 +114,7 @@ class ClientOfProxy(HttpClient):
 
 
 class ProxyProcess:
-    """A proxy with a block of the README, at a free port, as an ordinary
+    """A proxy with a block of the topic, at a free port, as an ordinary
     user."""
 
     def __init__(self, folder: Path, program: str, block: str, path: str,

@@ -1,0 +1,211 @@
+"""koitab help and koitab man: each topic is there, whole and printable."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import support
+from scratch import make_scratch_directory
+
+mission, koitab = support.load("mission"), support.load("koitab")
+TEXTS = {"": koitab.manual_text(),
+         **{topic: koitab.topic_text(topic) for topic in koitab.TOPICS}}
+PROGRAMS = {"mission": mission, "koitab": koitab}
+each_program = pytest.mark.parametrize("program", PROGRAMS)
+
+
+def run(program: str, *words: str) -> subprocess.CompletedProcess:
+    """Run a program, into a pipe."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = PROGRAMS[program].main(list(words))
+    return subprocess.CompletedProcess(words, status, out.getvalue(),
+                                       err.getvalue())
+
+
+def on_terminal(program: str, *words: str, **environment: str) -> str:
+    """Return what a program writes to a terminal."""
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-IS", str(support.ROOT / f"{program}.py"), *words],
+        stdin=terminal, stdout=terminal, stderr=terminal,
+        env={"PATH": os.defpath, "TERM": "dumb", **environment})
+    os.close(terminal)
+    data = b""
+    while True:
+        try:
+            data += os.read(master, 65536)
+        except OSError:         # EIO: nobody has the terminal open any more
+            break
+        if not data:
+            break
+    process.wait(60)
+    os.close(master)
+    return data.decode().replace("\r\n", "\n")
+
+
+# --- the commands ----------------------------------------------------------
+
+
+@each_program
+def test_help_lists_every_topic(program):
+    done = run(program, "help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for topic, (title, _) in PROGRAMS[program].TOPICS.items():
+        assert re.search(rf"^{program} help {topic} +{re.escape(title)}$",
+                         done.stdout, re.M)
+
+
+@each_program
+def test_help_prints_a_topic_into_a_pipe(program):
+    for topic in PROGRAMS[program].TOPICS:
+        done = run(program, "help", topic)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == PROGRAMS[program].topic_text(topic)
+
+
+def test_help_of_a_command_is_that_of_its_option():
+    for name in set(koitab.command_words()) - set(koitab.TOPICS):
+        assert run("koitab", "help", name).stdout == run(
+            "koitab", name, "--help").stdout != ""
+
+
+@pytest.mark.parametrize("words, message", [
+    (["help", "dashbord"], 'unknown topic "dashbord"\n'
+     "koitab: hint: koitab help dashboard\n"),
+    (["help", "xyzzy"], 'unknown topic "xyzzy"\n'
+     "koitab: hint: koitab help\n"),
+    (["man", "run"], 'unknown topic "run"\nkoitab: hint: koitab man\n')])
+def test_unknown_topic_is_wrong_usage(words, message):
+    done = run("koitab", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"koitab: error: {message}"
+
+
+@each_program
+def test_topic_on_a_terminal_goes_through_the_pager(program):
+    shown = on_terminal(program, "help", "status", PAGER="sed s/^/|/")
+    assert shown == "".join(f"|{line}\n" for line in PROGRAMS[
+        program].topic_text("status").splitlines())
+
+
+@each_program
+@pytest.mark.parametrize("pager, fault", [
+    ("/nothing/here", "No such file or directory"),
+    ("'less", "No closing quotation")])
+def test_topic_is_printed_without_a_pager_that_cannot_start(program, pager,
+                                                            fault):
+    text = PROGRAMS[program].topic_text("status")
+    assert on_terminal(program, "help", "status", PAGER=pager) == (
+        f"{text}{program}: error: cannot start $PAGER ({pager}): {fault}\n"
+        f"{program}: hint: export PAGER=cat\n")
+
+
+@each_program
+def test_empty_pager_means_less(program, tmp_path):
+    less = tmp_path / "less"
+    less.write_text("#!/bin/sh\nexec sed 's/^/less: /'\n")
+    less.chmod(0o755)
+    shown = on_terminal(program, "help", "status", PAGER="",
+                        PATH=f"{tmp_path}:{os.defpath}")
+    assert shown.startswith("less: EXIT STATUS\n")
+
+
+@each_program
+def test_an_ordinary_user_reads_the_manual_where_nothing_else_is(
+        program):
+    own = Path(shutil.copy(support.ROOT / f"{program}.py",
+                           make_scratch_directory()))
+    own.chmod(0o644)
+    user = {"user": 65534, "group": 65534, "extra_groups": []} \
+        if os.geteuid() == 0 else {}
+    for words in (["help", "status"], ["man"], ["man", "status"]):
+        done = subprocess.run(
+            ["/usr/bin/python3", "-IS", str(own), *words], env={}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", **user)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) > 20
+    shutil.rmtree(own.parent)
+
+
+# --- the text --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topic", TEXTS)
+def test_topic_fits_80_columns_and_has_only_blocks_that_are_known(topic):
+    text = TEXTS[topic]
+    assert text.endswith("\n") and not text.endswith("\n\n")
+    assert max(map(len, text.splitlines())) <= 79
+    assert not re.search(r"\{[A-Z]+\}", text)
+    for block in text.strip("\n").split("\n\n"):
+        indents = {len(line) - len(line.lstrip())
+                   for line in block.splitlines()}
+        assert block.count("`") % 2 == 0, block
+        assert indents <= {0} or indents == {2, 6} or min(indents) >= 4, block
+
+
+@pytest.mark.parametrize("topic", TEXTS)
+def test_manual_page_is_clean_and_has_all_words_of_its_text(topic, tmp_path):
+    """groff and mandoc find nothing wrong with the roff, and hyphenate
+    nothing."""
+    page, shown = tmp_path / "page.roff", ""
+    page.write_text(run("koitab", "man", *filter(None, [topic])).stdout)
+    support.need("mandoc", "groff")
+    for command in ("mandoc -T lint", "groff -ww -man -Tascii -P-cbou"):
+        done = subprocess.run(
+            [*command.split(), str(page)], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert (done.stdout if "lint" in command else "", done.stderr,
+                done.returncode) == ("", "", 0)
+        shown = done.stdout
+    missing = set(TEXTS[topic].replace("`", "").split()) - set(shown.split())
+    assert sorted(missing) == []
+
+
+# --- the topics say all of it ----------------------------------------------
+
+
+def missing(words, text: str) -> list[str]:
+    """Return those of `words` that are not words of the text."""
+    return sorted(word for word in words if not re.search(
+        rf"(?<![\w-]){re.escape(word)}(?![\w-])", text))
+
+
+def test_koitab_1_has_every_command_option_and_exit_status():
+    options = {name for option in koitab.OPTIONS.values()
+               for name in option.names}
+    assert missing({f"koitab {name}" for name in koitab.COMMANDS} | options,
+                   TEXTS[""]) == []
+    statuses = {str(value) for name, value in vars(koitab).items()
+                if name.startswith("EXIT_")} - {"128"}
+    for text in (TEXTS[""], TEXTS["status"]):
+        assert statuses | {"128+N"} == set(
+            re.findall(r"^  (\d+(?:\+N)?)$", text, re.M))
+
+
+def test_dashboard_has_the_options_actions_and_roles_of_a_dashboard():
+    options = {koitab.OPTIONS[key].names[-1]
+               for key in koitab.COMMANDS["dashboard"].options
+               + koitab.COMMANDS["-d"].options} - {"-d"}
+    actions = {f"-d {word}" for word in koitab.COMMANDS["-d"].choices()}
+    assert missing(options | actions | set(koitab.ACCESS_ROLES),
+                   TEXTS["dashboard"]) == []
+
+
+def test_status_has_every_state_and_trigger():
+    triggers = re.search(r"^const TRIGGERS = \{(.+?)\};", koitab.page_text(
+        ), re.M | re.S)[1]
+    words = set(re.findall(r'([\w-]+)"?: "', triggers))
+    assert len(words) == 6
+    page = set(koitab.BADGES) | set(koitab.RUN_STATES) | words
+    assert missing(page, TEXTS["status"]) == []
