@@ -503,7 +503,7 @@ def units(scratch, tmp_path):
         (folder / "mission").chmod(0o755)
         (folder / file).write_text("{}")        # invalid, and readable
         return {kind: subprocess.run(
-            [support.PYTHON, "-IS", str(folder / "mission"), "-c",
+            [support.SHARED_PYTHON, "-IS", str(folder / "mission"), "-c",
              file, "unit", kind], cwd=folder, user=uid, check=True,
             env={**scratch.env, "MISSION_STATE": "", **env},
             stdout=subprocess.PIPE, text=True).stdout
