@@ -18827,12 +18827,19 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .heads > div { font-size: 12px; line-height: 1.45; color: var(--soft); }
 .stale .row, .stale .headline { filter: grayscale(1); }
 .group { content-visibility: auto; contain-intrinsic-size: auto 300px; }
+.closed { contain-intrinsic-size: auto 34px; }
+.closed + .closed { margin-top: 4px; }
+.toggle[aria-expanded="true"] .icon { transform: rotate(90deg); }
 .head > div { display: flex; align-items: baseline; gap: 10px;
   padding: 0 12px 5px; }
 .head h2 { font-size: 15px; }
 .head h2 .muted { font-size: 13px; margin-left: 8px; }
 .head h3 { font-size: 13px; font-weight: 500; color: var(--soft); }
 .head .btn { margin-left: auto; min-height: 26px; }
+.head .toggle { order: 1; margin: 0; align-items: baseline;
+  padding: 1px 8px 1px 4px;
+  color: var(--soft); }
+.head a.btn { order: 2; }
 .hoststate { display: inline-flex; align-items: center; gap: 5px;
   margin-left: 10px; font-size: 13px; font-weight: 500;
   color: var(--late); }
@@ -19254,9 +19261,11 @@ dialog > * + * { margin-top: 12px; }
   .c-is { grid-area: is; } .c-name { grid-area: name; }
   .c-last { grid-area: last; overflow: hidden; flex-wrap: wrap; gap: 0 8px; }
   .c-history { grid-area: history; justify-self: end; }
-  .c-next { grid-area: next; display: block; }
+  .c-next { grid-area: next; display: block; justify-self: end; }
   .c-next > .muted:only-child { display: none; }    /* as its name says */
-  .c-act { grid-area: act; }
+  .c-act { grid-area: act; justify-self: end; }
+  .row:not(:has(.why)) .c-act { grid-column: act / -1; }
+  .row:not(:has(.why, .c-act > *)) .c-next { grid-column: next / -1; }
   .c-name { flex-wrap: wrap; gap: 0 8px; }
   .why { display: contents; }
   .why > * { grid-area: why; }
@@ -21211,8 +21220,8 @@ class JobRow {
   // Draws the row again if its job, or how it is shown, has changed.
   update(job, onTop) {
     const host = hostOf(job), seen = [job, host?.name, host?.zone, onTop,
-      isSnoozed(job), isPaused(job), alertWords(job), phone.matches,
-      wide.matches];
+      isSnoozed(job), isPaused(job), alertWords(job), narrow.matches,
+      phone.matches, wide.matches];
     if (this.seen && seen.every((one, at) => one === this.seen[at])) return;
     Object.assign(this, { job, seen });
     this.draw(isHost(job) ? hostCells(job) : isCheck(job) ? checkCells(job)
@@ -21261,12 +21270,15 @@ function drawHeadline(root) {
     el("span", {}, age, text)), el("p", {}, latestNews())]);
 }
 
+// With more rows than this, only those that need attention are drawn, and the
+// groups that someone opens.
+const MOST_ROWS = 200;
+
 // The list and its toolbar. It stays while other views are shown.
 class JobList {
   constructor() {
-    this.rows = new Map();
-    this.groups = new Map();
-    this.focused = null;
+    Object.assign(this, { rows: new Map(), groups: new Map(), focused: null,
+      opened: new Set(), all: [] });
     this.body = el("div", { class: "jobs", role: "table",
       "aria-label": "Jobs", onfocusin: (event) => this.setFocused(
         event.target.closest(".row")) });
@@ -21279,7 +21291,7 @@ class JobList {
     this.bar = this.toolbar();
     this.root = el("div", { class: "view" }, this.headline, this.bar,
       this.body, this.none);
-    for (const query of [phone, wide]) {
+    for (const query of [narrow, phone, wide]) {
       query.addEventListener("change", () => this.root.isConnected
         && this.update());
     }
@@ -21312,39 +21324,59 @@ class JobList {
       .some((kind) => changes[kind])) return;
     drawHeadline(this.headline);
     const focus = document.activeElement;
-    this.draw(groupedJobs());
+    this.all = groupedJobs();
     this.filter();
     if (focus !== document.activeElement && this.root.contains(focus)) {
       focus.focus({ preventScroll: true });
     }
   }
 
-  // Draws the groups, and forgets rows and groups that have left.
-  draw(groups) {
-    const keys = new Set();
+  // Draws groups. `isFiltered`: all of them are open.
+  draw(groups, isFiltered) {
+    const isLong = !isFiltered && groups.reduce((sum, { items }) =>
+      sum + items.length, 0) > MOST_ROWS;
+    let lastHost = "";
     arrange(this.body, [this.heads, ...groups.map((group) => {
-      keys.add(group.key);
-      const shown = this.group(group);
-      shown.root.classList.toggle("many", group.items.length > 12);
-      arrange(shown.root, [shown.head, ...group.items.map((item) => {
-        const key = subjectOf(item);
-        if (!this.rows.has(key)) this.rows.set(key, new JobRow());
-        keys.add(key);
-        this.rows.get(key).update(item, group.key === "!");
-        return this.rows.get(key).root;
-      }), ...group.items.length ? [] : [shown.hint]]);
+      const { key, id, items } = group, shown = this.group(group);
+      const mayClose = isLong && key !== "!" && items.length > 0;
+      const isOpen = !mayClose || this.opened.has(key);
+      shown.root.classList.toggle("many", items.length > 12);
+      shown.root.classList.toggle("closed", !isOpen);
+      shown.toggle.hidden = !mayClose;
+      shown.toggle.setAttribute("aria-expanded", String(isOpen));
+      shown.toggle.lastChild.textContent = countWords(items);
+      // A host's name is above the first of its groups.
+      if (id) shown.title.hidden = id === lastHost;
+      lastHost = id;
+      arrange(shown.root, [shown.head, ...isOpen ? items.map((item) =>
+        this.row(item, key === "!")) : [], ...items.length ? []
+        : [shown.hint]]);
       return shown.root;
     })]);
-    for (const map of [this.rows, this.groups]) {
-      for (const key of map.keys()) if (!keys.has(key)) map.delete(key);
-    }
+  }
+
+  // Returns the element of a thing's row, up to date.
+  row(item, onTop) {
+    const key = subjectOf(item);
+    if (!this.rows.has(key)) this.rows.set(key, new JobRow());
+    const row = this.rows.get(key);
+    row.update(item, onTop);
+    return row.root;
+  }
+
+  // Opens or closes a group.
+  toggle(key) {
+    if (!this.opened.delete(key)) this.opened.add(key);
+    this.filter();
   }
 
   // Returns the elements of a group; its heading is drawn when it differs.
   group({ key, id, section: name, items }) {
     if (!this.groups.has(key)) {
-      this.groups.set(key, { head: el("div", { class: "head", role: "row" }),
-        root: el("div", { class: `group ${key === "!" ? "attention" : ""}`,
+      this.groups.set(key, { toggle: button([icon("right"), el("span")], () =>
+        this.toggle(key), { class: "btn quiet toggle" }),
+      head: el("div", { class: "head", role: "row" }), root: el("div",
+        { class: `group ${key === "!" ? "attention" : ""}`,
           role: "rowgroup" }) });
     }
     const group = this.groups.get(key), host = state.hosts.get(id);
@@ -21359,45 +21391,41 @@ class JobList {
         "aria-colspan": COLUMNS.length }, id ? [group.title,
         name && el("h3", { text: name })]
           : key === "!" ? el("h2", { text: "Needs attention" })
-            : checksHeading()));
+            : checksHeading(), group.toggle));
     }
-    group.root.group = group;
     return group;
   }
 
-  // Hides the rows that do not fit the filter, and counts them by state.
+  // Draws what fits the filter, and counts all by state.
   filter() {
-    const { host, state: wanted } = jobFilter;
-    const text = jobFilter.text.toLowerCase(), counts = {};
+    const { host, state: wanted } = jobFilter, counts = {};
+    const text = jobFilter.text.toLowerCase();
+    const near = this.all.map((group) => ({ ...group, items: group.items
+      .filter((job) => (!host || (job.host || job.id) === host)
+        && (!text || searchable(job).includes(text))) }));
+    for (const [state, , is] of STATE_FILTERS) {
+      counts[state] = near.reduce((sum, { items }) =>
+        sum + items.filter(is).length, 0);
+    }
     const fits = STATE_FILTERS.find(([state]) => state === wanted)?.[2]
       || ((job) => job.state === wanted);
-    let shown = 0;
-    for (const { job, root } of this.rows.values()) {
-      const near = (!host || (job.host || job.id) === host)
-        && (!text || searchable(job).includes(text));
-      for (const [state, , is] of STATE_FILTERS) {
-        counts[state] = (counts[state] || 0) + (near && is(job) ? 1 : 0);
-      }
-      root.hidden = !near || wanted !== "" && !fits(job);
-      shown += root.hidden ? 0 : 1;
-    }
     const isFiltered = Boolean(text || host || wanted);
-    this.showGroups(isFiltered);
+    const shown = isFiltered ? near.map((group) => ({ ...group,
+      items: wanted ? group.items.filter(fits) : group.items }))
+      .filter(({ items }) => items.length) : this.all;
+    this.draw(shown, isFiltered);
+    this.forgetRows();
     this.showChips(counts);
     this.showHosts();
-    this.showNone(isFiltered && !shown);
+    this.showNone(isFiltered && !shown.length);
   }
 
-  // A host's name is shown above the first of its groups that is shown.
-  showGroups(isFiltered) {
-    let lastHost = "";
-    for (const root of [...this.body.children].slice(1)) {
-      root.hidden = isFiltered && ![...root.children].some((one) => one.row
-        && !one.hidden);
-      const { id, title } = root.group;
-      if (root.hidden || !id) continue;
-      title.hidden = id === lastHost;
-      lastHost = id;
+  // Forgets rows and groups of what has left.
+  forgetRows() {
+    const keys = new Set(this.all.flatMap(({ key, items }) =>
+      [key, ...items.map(subjectOf)]));
+    for (const map of [this.rows, this.groups]) {
+      for (const key of map.keys()) if (!keys.has(key)) map.delete(key);
     }
   }
 
@@ -21441,7 +21469,7 @@ class JobList {
 
   // Moves the focus from name to name, for j and k.
   step(by) {
-    const rows = [...this.body.querySelectorAll(".row:not([hidden])")];
+    const rows = [...this.body.querySelectorAll(".row")];
     const at = rows.indexOf(this.focused);
     const next = rows[Math.min(Math.max(at + by, 0), rows.length - 1)];
     next?.row.link.focus();
@@ -21517,12 +21545,13 @@ function worstFirst(a, b) {
 
 // Makes `nodes` the children of `parent`; a node moves only if it must.
 function arrange(parent, nodes) {
+  const kept = new Set(nodes);
+  for (const node of [...parent.children]) if (!kept.has(node)) node.remove();
   nodes.forEach((node, at) => {
     if (parent.children[at] !== node) {
       parent.insertBefore(node, parent.children[at]);
     }
   });
-  while (parent.children.length > nodes.length) parent.lastChild.remove();
 }
 
 // Returns a host's name and, if it is not up, why.

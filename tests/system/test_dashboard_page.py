@@ -352,6 +352,35 @@ def test_bar_of_a_missed_run_is_hollow_and_colours_have_enough_contrast(page):
     page.media(prefers_color_scheme="light")
 
 
+def test_more_than_200_rows_are_in_closed_groups_that_open_and_are_filtered(
+        browser):
+    count = "return document.querySelectorAll('.row').length"
+    with page_server.Server(many=True, recent_runs=3) as stand_in:
+        browser.open(stand_in.url, PASSWORD)
+        browser.find(".attention .row")
+        urgent = browser.js("return document.querySelectorAll("
+                            "'.attention .row').length")
+        assert browser.js(count) == urgent
+        assert browser.text("[data-state=''] b") == str(
+            len(stand_in.world.jobs) + len(stand_in.world.checks))
+        toggle = browser.js(
+            "const node = document.querySelector('.closed .toggle'); "
+            "node.focus(); return node.innerText.trim()")
+        browser.keys("Enter")
+        assert browser.js(count) == urgent + int(toggle.split()[0])
+        assert browser.js("return document.activeElement.getAttribute("
+                          "'aria-expanded')") == "true"
+        job = next(one for one in stand_in.world.jobs.values()
+                   if one["state"] == "ok" and one["section"])
+        browser.js("jobList.text.value = arguments[0]; jobList.text."
+                   "dispatchEvent(new Event('input'))", job["label"])
+        browser.wait("[...document.querySelectorAll('.row')].every((row) => "
+                     f"row.innerText.includes({json.dumps(job['label'])}))")
+        assert browser.js("return document.querySelector('.closed')") is None
+        browser.js("jobList.clear()")
+        assert browser.js(count) == urgent + int(toggle.split()[0])
+
+
 @pytest.mark.parametrize("words, changed", [
     ("missed", {"state": "missed"}), ("failed", {"state": "failed"}),
     ("never ran", {"state": "new"}), ("snoozed", {"snoozed": 4e9})])
@@ -457,6 +486,9 @@ def test_arrow_keys_walk_the_history_bar_and_enter_opens_a_run(page):
 def test_many_jobs_are_drawn_within_the_time_limit(browser):
     with page_server.Server(many=True) as stand_in:
         browser.open(stand_in.url, PASSWORD)
+        browser.find(".row")
+        # Each row has a blank, so all groups are open.
+        browser.js("jobFilter.text = ' '; jobList.filter()")
         browser.wait("document.querySelectorAll('.row').length >= 300")
         first = min(cpu_seconds_of(browser, """
             jobList.root.remove(); jobList = null;
