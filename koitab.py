@@ -27725,6 +27725,480 @@ BACKUP
 dashboard and put the copy in the place of dashboard.db. The dashboard then
 asks the hosts for the runs that it lacks.
 """
+ALERTS_TOPIC = """\
+WHAT RAISES AN ALERT
+
+  failed
+      A run failed, was interrupted or could not be started; one alert, until
+      the job is well again. Of a check: a failure was reported.
+  late
+      A start is overdue by 90 seconds and no run was reported, although the
+      host is up.
+  missed
+      The host reports that it did not make a start.
+  slow
+      A run takes more than 3 times the 95th percentile of the last good runs,
+      once there are 20.
+  fast
+      A good run took less than a fifth of the 5th percentile of the last good
+      runs, once there are 20: perhaps it did nothing.
+  silent
+      A host was not heard from for 90 seconds: it is down.
+  certificate
+      A certificate of the dashboard expires within 14 days: its own, or the
+      one that a host gets, maybe from a proxy. It ends when one of the hosts
+      that got this certificate gets a later one, or when all of them have left
+      the dashboard. A host that is down keeps it, because the certificate may
+      be the cause: remove a host that does not come back.
+  overdue
+      A check was not pinged in time, ran too long, or started too late.
+
+`elsewhere` counts as good: another host of the group ran the job.
+
+koi notifies once when an alert begins and once when it ends, also when it ends
+because its job, host or check was removed or its check was paused. A restart
+of the dashboard changes nothing. Time in which the dashboard was down does not
+count for the deadlines of checks.
+
+RULES
+
+A job raises an alert after its first failure, a host after 90 seconds without
+news. The page's Alerts view changes both for all jobs and hosts: after how
+many failures in a row (1 to 100), and after how many seconds (60 to 86,400).
+So does the API, with the operator key:
+
+    POST /api/v1/settings
+    {"failures": 3, "host_down": 600}
+
+SNOOZE
+
+Snooze keeps a job, host or check quiet: for an hour, until tomorrow or Monday
+at 8:00, until a date, or until its last alert has ended. Its row on the page
+stays until the list is opened again, with a button that ends the snooze. After
+that time koi notifies again of what is still wrong. By the API:
+
+    POST /api/v1/snooze
+    {"subject": "job:7", "until": "2026-11-30T08:00:00+01:00"}
+
+subject is job:ID, host:ID or check:UUID. until is a time, "well", which ends
+the snooze with the last alert, or 0, which ends it now.
+
+CHANNELS
+
+The page's Alerts view adds, edits, tests and deletes channels, 20 at most. So
+does the API, with the operator key:
+
+    POST /api/v1/channels
+    {"kind": "mail", "target": "ops@example.org",
+     "options": {"from": "koi@example.org"}}
+
+  mail
+      By the sendmail of the dashboard's machine. Option: from. Without it the
+      sender is koi@HOST, HOST being the dashboard's machine.
+  smtp
+      By a mail server. Options: host, port, security, user, password, from.
+      security is starttls (port 587), tls (465) or none (25). The certificate
+      of the server is verified. Nothing is sent without the encryption that
+      was chosen, and a password needs encryption, except to localhost.
+  webhook
+      A POST of JSON to a URL. Options: headers, body.
+  ntfy
+      A message to https://HOST/TOPIC. An access token of ntfy is written as
+      the password of an empty user: https://:tk_TOKEN@ntfy.sh/TOPIC.
+
+A mail server with a login:
+
+    {"kind": "smtp", "target": "ops@example.org",
+     "options": {"host": "mail.example.org", "port": 587,
+                 "security": "starttls", "user": "koi",
+                 "password": "secret", "from": "koi@example.org"}}
+
+{"do": "edit", "id": N} with any of kind, target and options changes a channel,
+{"do": "delete", "id": N} removes it, {"do": "test", "id": N} sends a test. The
+test waits until the receiver has accepted or refused the notification, 20
+seconds at most, and shows the result. Nobody can read a password or the value
+of a header again: they are shown as ***, and *** in an edit keeps the value as
+long as the server is the same.
+
+A delivery that fails is tried again for a day. What a mail server refuses for
+good (5xx) is not tried again.
+
+DIGESTS
+
+Sixty jobs that fail together make one notification: each host, and all checks
+together, have ten single notifications per channel in ten minutes. Any more of
+that host are collected in a digest, one a minute. A channel gets at most 40
+single notifications and digests in ten minutes; beyond that all hosts share
+one digest a minute, whose lines begin with one of each host. At most 200
+notifications of a host wait for a channel; the rest is counted ("and 930 more
+on web1"). After a failed delivery, those of other hosts are tried first. Of a
+check at most one change a minute is reported.
+
+WEBHOOKS
+
+A webhook gets this body, with the header Idempotency-Key, which is the same
+when a notification is repeated:
+
+    {"key": "12-failed-firing-2", "status": "firing", "kind": "failed",
+     "title": "Backups/Nightly on web1 failed",
+     "text": "Backups/Nightly on web1: exit status 3\\n\\nno space left",
+     "time": "2026-11-29T02:31:07+01:00",
+     "link": "https://koi.example.org/#/run/981", "dash": "0123456789abcdef",
+     "alerts": [{
+       "id": "12-failed", "status": "firing", "kind": "failed",
+       "subject": "job:7", "title": "Backups/Nightly on web1 failed",
+       "text": "Backups/Nightly on web1: exit status 3",
+       "startsAt": "2026-11-29T02:31:07+01:00", "endsAt": "",
+       "host": "web1", "section": "Backups", "job": "Nightly", "check": "",
+       "run": 17, "command": "koitab log 17",
+       "link": "https://koi.example.org/#/run/981",
+       "output": "no space left"}]}
+
+  status
+      firing or resolved. An alert begins and ends with the same id.
+  kind
+      One of the list above; digest, with an entry in alerts for each alert; or
+      test, without an entry.
+  output, command
+      The last ten lines of the output; the command that prints all of it on
+      the host.
+  link
+      A page of the dashboard. It uses the first --name, or else the first
+      --listen.
+
+A webhook can have its own headers and body. In the body, {{NAME}} is replaced
+by one of key, status, kind, title, text, time, link, dash, and, if the
+notification has exactly one alert, startsAt, endsAt, host, section, job,
+check, run, command, output. {{text:1800}} is cut after 1,800 characters.
+Values are escaped for JSON, so a placeholder stands within a string. A body
+that is not JSON or has an unknown placeholder is refused when the channel is
+saved.
+
+SLACK
+
+The URL is that of an incoming webhook. The body:
+
+    {"blocks": [
+      {"type": "section",
+       "text": {"type": "plain_text", "text": "{{title}}"}},
+      {"type": "section",
+       "text": {"type": "plain_text", "text": "{{text:1300}}\\n{{link}}"}}]}
+
+DISCORD
+
+The URL is that of the channel's webhook. The body:
+
+    {"embeds": [{"title": "{{title:120}}",
+                 "description": "{{text:1800}}\\n{{link}}"}]}
+
+TEAMS
+
+The URL is that of the workflow "When a Teams webhook request is received". The
+body:
+
+    {"type": "message", "attachments": [{
+      "contentType": "application/vnd.microsoft.card.adaptive",
+      "contentUrl": null,
+      "content": {
+        "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
+        "type": "AdaptiveCard", "version": "1.4", "body": [
+          {"type": "TextBlock", "weight": "Bolder", "wrap": true,
+           "text": "{{title}}"},
+          {"type": "TextBlock", "wrap": true,
+           "text": "{{text:1800}}\\n\\n{{link}}"}]}}]}
+
+GOTIFY
+
+The URL is https://gotify.example.org/message. The header:
+
+    X-Gotify-Key: TOKEN
+
+The body:
+
+    {"title": "{{title}}", "message": "{{text}}\\n{{link}}", "priority": 8}
+
+PROMETHEUS
+
+`koitab help api` has the metrics and rules for alerts by Alertmanager.
+"""
+PING_TOPIC = """\
+WHAT A CHECK IS
+
+A check watches a job that koid does not run: cron on another system, a backup
+program, a sensor. The job requests a URL of the dashboard when it succeeds. If
+that does not happen in time, the check is down and raises an alert. The page
+makes checks, with a period or a cron schedule, and shows them next to the
+jobs.
+
+    */5 * * * * job && curl -fsS -m 10 --retry 5 \\
+        https://koi.example.com:8077/ping/UUID
+
+The URLs and their meaning are those of Healthchecks, so mission
+(ping.endpoint), runitor, borgmatic and other clients work when their URL is
+changed:
+
+    "ping": {"enabled": true, "endpoint":
+             "https://koi.example.com:8077/ping/KEY/backup?create=1"}
+
+A watcher of the watcher: a job of koid can ping a check of another dashboard
+or of a service, and a job on another machine can ask /healthz of the
+dashboard.
+
+ADDRESSES
+
+  /ping/UUID
+      A check by its UUID, which is a secret: anyone with it can ping the
+      check. The page shows it.
+  /ping/KEY/SLUG
+      A check by the ping key of the dashboard, which the page shows, and the
+      slug of the check.
+
+/ping may be left out. Behind the address comes, if needed:
+
+  /start
+      The job has started. The time until the next ping is its duration.
+  /fail
+      The job failed.
+  /log
+      Only keep the body.
+  /STATUS
+      An exit status: 0 is a success, any other a failure.
+
+GET, HEAD and POST are allowed, if the check does not permit POST alone. The
+body of a POST is kept: 10,000 bytes of each ping, 100 pings and 256 KiB of a
+check. A ping may have 1 MiB.
+
+  ?rid=UUID
+      The ID of a run, which distinguishes runs that overlap.
+  ?create=1
+      Make the check if it does not exist, with the fields below if given.
+      Otherwise it has a period of 1 day and a grace time of 1 hour.
+  ?period=SECONDS, ?grace=SECONDS
+      The period, and the grace time.
+  ?schedule=SCHEDULE, ?tz=ZONE
+      A cron schedule (URL encoded) instead of a period, and its time zone.
+
+STATES
+
+A check is new until its first ping, then up; it is in its grace time when a
+ping is late, and then down. /fail and an exit status that is not 0 put it down
+at once. A paused check is not watched. The grace time covers start and run, as
+in Healthchecks, unless the check has a start deadline (start_within) or a run
+limit (run_limit) of its own.
+
+Time in which the dashboard was down does not count. If the disk of the
+dashboard is full, a ping is answered with 503 and Retry-After.
+
+BADGES
+
+/badge/KEY/NAME.svg and NAME.json show the worst state of a check (by its
+slug), of a job on all hosts (by its tag), or of everything (all). The page
+shows the key, which can do nothing else.
+
+MORE
+
+`koitab help api` has Healthchecks' API, by which programs manage checks.
+"""
+API_TOPIC = """\
+ROUTES
+
+  GET /
+      The page.
+  GET /healthz
+      OK after a round trip to the database, otherwise 503.
+  GET /metrics
+      Metrics for Prometheus; with a metrics or viewer token.
+  GET /badge/KEY/NAME
+      A badge (`koitab help ping`).
+  GET, HEAD, POST /ping/...
+      Pings (`koitab help ping`).
+
+The others need the header `Authorization: Bearer KEY`. KEY is an access token,
+the token of a host, or the operator key, which the page makes from the
+passphrase. Tokens are in no URL. Requests with wrong keys are slowed down
+(429).
+
+  GET /api/v1/state, /api/v1/stream, /api/v1/jobs/JOB/runs
+      With the token of a viewer; see READING below.
+  GET /api/v1/runs/RUN, /api/v1/runs/RUN/output, /api/v1/runs/RUN/raw
+      The same.
+  GET /api/v1/search, /api/v1/day, /api/v1/audit
+      The same.
+  GET /api/v1/checks/CHECK/pings, /api/v1/checks/CHECK/pings/N/body
+      The same.
+  GET, POST /api/v1/settings; POST /api/v1/snooze; GET, POST /api/v1/channels
+      See `koitab help alerts`. GET also with the token of a viewer.
+  POST /api/v1/checks, /api/v1/checks/CHECK
+      Add or change a check, as the page does. Programs use Healthchecks' API.
+  POST /api/v1/requests, GET and DELETE /api/v1/requests/NONCE
+      A signed request to run a job, its state, and its withdrawal.
+  GET /api/v1/hosts/HOST/list
+      The jobs of a host, signed by the host.
+  POST /api/v1/hosts, DELETE /api/v1/hosts/HOST, GET /api/v1/outdated
+      Hosts: join, leave, and which of them must join again.
+  GET /api/v1/salt; POST /api/v1/dashboards, /api/v1/rotate
+      For `koitab -d`: what keys are made from, new, rotate.
+  GET, POST /api/v1/tokens
+      Access tokens.
+  POST /api/v1/forget
+      Remove a host, or a job that is in no tab, with its runs.
+  POST /api/v1/sync
+      What hosts send and get. Its form may change with each version.
+
+READING
+
+Any program can read what the page shows, with the token of a viewer:
+
+    curl -H "Authorization: Bearer $TOKEN" \\
+        https://koi.example.com:8077/api/v1/state
+
+The fields that are named here stay. Others are the page's, and may change with
+it. Times are seconds since 1970. What is unknown is null. An error has the
+fields error and hint, and a status of 400 or more.
+
+  state
+      seq, now, version, hosts, jobs, checks, alerts, problems. Everything at
+      once. The problems are sentences about the dashboard itself.
+  stream?since=SEQ
+      seq, hosts, jobs, runs, checks, alerts, deleted. Lines of JSON without
+      end: each is a change after seq, with the kinds that changed; deleted has
+      IDs by kind. {"reset":true} means: read state again. An empty line comes
+      every 15 seconds.
+  jobs/JOB/runs
+      runs, more. The newest 100 first; ?limit=N up to 1,000, ?before=RUN for
+      the next page.
+  runs/RUN
+      run, job, good, older, newer. One run; the last good run before it, and
+      the runs of the job before and after it.
+  runs/RUN/raw
+      Its output as a text file.
+  runs/RUN/output
+      Its output as frames, also while the job runs. A frame has the stream (1
+      byte: 0 koi's notes, 1 stdout, 2 stderr), the milliseconds since the
+      start and the length (4 bytes each, little endian), then the bytes.
+      ?from=BYTE and ?len=BYTES choose a part, ?wait=10 waits for more. The
+      header X-Koi-Size has the number of bytes that are there, X-Koi-Live is 1
+      while more may come, X-Koi-From is where the answer begins.
+  search?q=TEXT
+      matches, more. Runs whose output contains the text, the newest 20, each
+      as run with its line; ?job=JOB, ?before=RUN.
+  day?from=TIME&to=TIME
+      rows, from, to. For each job: bars (start, end, outcome, run) and missing
+      (due, run).
+  audit
+      rows, more. Who requested what, the newest 100 first; ?before=TIME.
+  checks/CHECK/pings
+      pings, more. The newest 100 first; ?before=N.
+  checks/CHECK/pings/N/body
+      What a ping has sent.
+
+The fields of each object:
+
+  host
+      id, name, state, seen, since, version, zone, skew, problems. state is up,
+      down, new, left or duplicate.
+  job
+      id, host, user, section, name, label, tag, when, words, command, manual,
+      state, running, last, failing, next, paused, removed. state is ok,
+      failed, running, late, missed, skipped, new or unknown. last is a run;
+      failing has since, count, last_ok and line.
+  run
+      id, job, host, n, trigger, state, due, requested_at, started, ended,
+      exit, signal, reason, args, attempt, count, bytes, cut, line. n is its
+      number on the host, line the last line of its output.
+  check
+      id, name, slug, tags, desc, kind, period, grace, schedule, tz, words,
+      state, started, last_ping, last_duration, next, n. kind is simple or
+      cron; state is new, up, grace, down or paused.
+  alert
+      subject, kind, since, text. subject is host:ID, job:ID or check:ID.
+  ping
+      n, at, kind, exit, rid, method, ua, ip, size, duration, line.
+  audit
+      at, what, host, job, label, args, state, reason, run.
+
+HEALTHCHECKS' API
+
+Scripts and clients manage checks with version 3 of Healthchecks' management
+API (versions 1 and 2 are answered as version 3), with a checks token in the
+header X-Api-Key:
+
+    curl -H "X-Api-Key: $TOKEN" https://koi.example.com:8077/api/v3/checks/ \\
+        -d '{"name": "Backup", "slug": "backup", "timeout": 3600,
+             "grace": 600, "unique": ["slug"]}'
+
+  GET /api/v3/checks/
+      All checks, or those with ?slug= and every ?tag=.
+  POST /api/v3/checks/
+      Add a check (201), or change the first one that has the same values in
+      the fields that unique names (200).
+  GET, POST, DELETE /api/v3/checks/CHECK
+      Read a check, change the fields in the request, delete the check.
+  POST /api/v3/checks/CHECK/pause, /api/v3/checks/CHECK/resume
+      Stop and continue the watch. Resuming a check that is not paused is
+      refused (409).
+  GET /api/v3/checks/CHECK/pings/, /api/v3/checks/CHECK/pings/N/body
+      Its pings, the newest first; what one has sent.
+  GET /api/v3/checks/CHECK/flips/
+      When it went up or down; ?seconds=, or ?start= and ?end= in seconds since
+      1970.
+  GET /api/v3/status/
+      The same as /healthz.
+
+A request may have name, slug, tags, desc, timeout, grace, schedule, tz,
+manual_resume, methods, channels and unique. These things differ from
+Healthchecks: a check needs a name; no two checks have the same slug; an
+unknown field is refused (400); every channel gets the alerts of every check,
+so channels may only be *. The token of a viewer reads checks: they have a
+unique_key, which is valid as CHECK, and no address that pings.
+
+The Python package healthchecks-io works with this address:
+
+    api_url="https://koi.example.com:8077/api/"
+
+PROMETHEUS
+
+The token is made by `koitab -d token new prometheus --role metrics`.
+
+    scrape_configs:
+      - job_name: koi
+        scheme: https
+        authorization:
+          credentials_file: /etc/prometheus/koi-token   # a metrics token
+        static_configs:
+          - targets: ["koi.example.com:8077"]
+
+Rules to begin with:
+
+    groups:
+      - name: koi
+        rules:
+          - alert: KoiJobNotWell
+            expr: koi_job_ok == 0
+          - alert: KoiBackupTooOld
+            expr: >-
+              time() - koi_job_last_success_timestamp_seconds{name="Nightly"}
+              > 93600
+          - alert: KoiHostDown
+            expr: koi_host_up == 0
+          - alert: KoiCheckDown
+            expr: koi_check_up == 0
+          - alert: KoiCertificateExpires
+            expr: >-
+              koi_certificate_expiry_timestamp_seconds - time() < 14 * 86400
+          - alert: KoiDashboardDown
+            expr: absent(koi_build_info)
+
+For a job of a group of hosts (KOI_ONE_OF) use the newest of all hosts:
+
+    time() - max by (name) (koi_job_last_success_timestamp_seconds) > 93600
+
+Jobs have the labels host_id, host, user, section, tag and name; checks have
+check, name and slug. What was removed, and what is unknown because its host is
+down, has no samples.
+
+{METRICS}
+"""
 SECURITY_TOPIC = """\
 PARTIES
 
@@ -27997,6 +28471,9 @@ SEE ALSO
 TOPICS = {      # name: (title, text)
     "dashboard": ("make, join, serve and look after a dashboard",
                   DASHBOARD_TOPIC),
+    "alerts": ("what raises an alert, and who is notified", ALERTS_TOPIC),
+    "ping": ("checks: jobs that koid does not run", PING_TOPIC),
+    "api": ("HTTP: routes, reading, Healthchecks, Prometheus", API_TOPIC),
     "security": ("what protects whom from what", SECURITY_TOPIC),
     "status": ("exit statuses, states and results", STATUS_TOPIC),
 }
@@ -28482,7 +28959,8 @@ def manual_text() -> str:
                           for option in OPTIONS.values()),
         statuses=STATUS_MEANINGS.rstrip("\n"),
         examples=textwrap.indent("\n".join(lines), "    "),
-        pages=", ".join(f"`{PROG}-{name}`(7)" for name in TOPICS))
+        pages=textwrap.fill(", ".join(f"`{PROG}-{name}`(7)"
+                                      for name in TOPICS), 79))
 
 
 def option_help(option: Option) -> str:

@@ -8,8 +8,10 @@ import email
 import email.policy
 import http.server
 import json
+import re
 import socket
 import stat
+import textwrap
 import threading
 import time
 import types
@@ -789,13 +791,14 @@ SERVICES = {"Slack": check_slack, "Discord": check_discord,
 
 
 def recipe(service: str) -> tuple[dict, str]:
-    """Headers and body of a service, as README prints them."""
-    text = (support.ROOT / "README.md").read_text(encoding="utf-8")
-    row = next(line for line in text.splitlines()
-               if line.startswith(f"| {service} |"))
-    header, body = (cell.strip(" `") for cell in row.split("|")[3:5])
-    name, _, value = header.partition(": ")
-    return {name: value} if name else {}, body
+    """Headers and body of a service, as the topic `alerts` prints them."""
+    chapter = koitab.topic_text("alerts").partition(
+        f"\n{service.upper()}\n")[2]
+    body = textwrap.dedent(re.search(
+        r"body:\n\n((?:    .+\n)+)", chapter)[1])
+    header = re.search(r"header:\n\n    (.+): (.+)\n", chapter.partition(
+        "body:")[0])
+    return {header[1]: header[2]} if header else {}, body
 
 
 @pytest.mark.parametrize("output", [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -18,6 +19,7 @@ import support
 from scratch import make_scratch_directory
 
 mission, koitab = support.load("mission"), support.load("koitab")
+SOURCE = (support.ROOT / "koitab.py").read_text(encoding="utf-8")
 TEXTS = {"": koitab.manual_text(),
          **{topic: koitab.topic_text(topic) for topic in koitab.TOPICS}}
 PROGRAMS = {"mission": mission, "koitab": koitab}
@@ -146,7 +148,7 @@ def test_topic_fits_80_columns_and_has_only_blocks_that_are_known(topic):
     text = TEXTS[topic]
     assert text.endswith("\n") and not text.endswith("\n\n")
     assert max(map(len, text.splitlines())) <= 79
-    assert not re.search(r"\{[A-Z]+\}", text)
+    assert not re.search(r"(?<!\{)\{[A-Z]+\}", text)
     for block in text.strip("\n").split("\n\n"):
         indents = {len(line) - len(line.lstrip())
                    for line in block.splitlines()}
@@ -209,3 +211,36 @@ def test_status_has_every_state_and_trigger():
     assert len(words) == 6
     page = set(koitab.BADGES) | set(koitab.RUN_STATES) | words
     assert missing(page, TEXTS["status"]) == []
+
+
+def test_alerts_has_every_kind_and_option_and_placeholder():
+    kinds = {call.args[1].value for call in ast.walk(ast.parse(SOURCE))
+             if isinstance(call, ast.Call) and len(call.args) > 2
+             and getattr(call.func, "id", "") == "Alert"
+             and isinstance(call.args[1], ast.Constant)}
+    assert len(kinds) > 8
+    options = {name for names in koitab.CHANNEL_OPTIONS.values()
+               for name in names} | set(koitab.CHANNEL_OPTIONS)
+    words = {*kinds, *options, *koitab.NOTIFICATION_FIELDS,
+             *koitab.ALERT_FIELDS, *koitab.SMTP_PORTS}
+    assert missing(words, TEXTS["alerts"]) == []
+
+
+def test_api_has_every_route_and_its_query_and_the_metrics():
+    text = " ".join(TEXTS["api"].split())
+    routes = {route.path.replace("ACTION", "pause")
+              for route in koitab.ROUTES}
+    assert len(routes) > 30
+    assert [path for path in sorted(routes) if not re.search(
+        rf"(?<!\S){re.escape(path)}/?(?![\w/])", text)] == []
+    queries = {f"{name}=" for route in koitab.ROUTES for name in route.query}
+    assert [name for name in sorted(queries) if name not in text] == []
+    assert missing(koitab.METRICS, text) == []
+
+
+def test_ping_has_every_field_of_its_query_and_every_state():
+    text = TEXTS["ping"]
+    assert [name for name in koitab.PING_QUERY if f"?{name}=" not in text
+            ] == []
+    assert missing(["start", "fail", "log", "new", "up", "down", "paused"],
+                   text) == []

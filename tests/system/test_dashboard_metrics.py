@@ -15,7 +15,7 @@ import support
 from dashboard_rig import HOST, VIEWER_TOKEN, spec, sync_payload, token_of
 
 OTHER = "d4" * 16       # a cloned image: another host with the same name
-README = (support.ROOT / "README.md").read_text(encoding="utf-8")
+TOPIC = support.load("koitab").topic_text("api")
 
 
 def promtool(*arguments: str, text: str = "") -> str:
@@ -28,8 +28,8 @@ def promtool(*arguments: str, text: str = "") -> str:
 
 
 def yaml_of(key: str) -> str:
-    """The block of the README that begins with this key, without indent."""
-    block = re.search(rf"^    {key}:\n(?:    .*\n|\n(?=    ))+", README, re.M)
+    """The block of the topic that begins with this key, without indent."""
+    block = re.search(rf"^    {key}:\n(?:    .*\n|\n(?=    ))+", TOPIC, re.M)
     return re.sub("^    ", "", block[0], flags=re.M)
 
 
@@ -85,7 +85,7 @@ def test_no_label_contains_a_ping_url(scraped):
 
 @pytest.fixture(scope="module")
 def prometheus(scraped, tmp_path_factory):
-    """A real Prometheus that scrapes the dashboard by the README's
+    """A real Prometheus that scrapes the dashboard by the topic's
     configuration, at another address and more often. Returns a function that
     asks it for samples: labels and value."""
     folder = tmp_path_factory.mktemp("prometheus")
