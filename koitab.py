@@ -18821,9 +18821,10 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .chip b { font-weight: 600; font-variant-numeric: tabular-nums; }
 .chip[aria-pressed="true"] { background: var(--press); color: var(--ink); }
 .group + .group { margin-top: 14px; }
-.heads { position: sticky; top: 47px; z-index: 2; background: var(--paper);
-  padding: 5px 12px; border: 1px solid transparent; color: var(--soft);
-  font-size: 12px; }
+.jobs > :first-child { position: sticky; top: 47px; z-index: 2;
+  background: var(--paper); }
+.heads { padding: 5px 12px; border: 1px solid transparent;
+  color: var(--soft); font-size: 12px; }
 .heads > div { font-size: 12px; line-height: 1.45; color: var(--soft); }
 .stale .row, .stale .headline { filter: grayscale(1); }
 .group { content-visibility: auto; contain-intrinsic-size: auto 300px; }
@@ -19469,8 +19470,9 @@ const snippet = (text) => el("div", { class: "snippet" },
 
 const pause = (ms) => new Promise((done) => { setTimeout(done, ms); });
 
+const numbers = new Intl.NumberFormat("en");    // slow to make
 function plural(count, one, many = one + "s") {
-  return `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
+  return `${numbers.format(count)} ${count === 1 ? one : many}`;
 }
 
 // Returns a size with its unit: "1.5 MB".
@@ -20170,6 +20172,8 @@ function store(kind, items = []) {
       item.recent_runs = withNewRuns(state[kind].get(item.id)?.recent_runs
         || [], item.new_runs);
     }
+    item.lastFailure = item.recent_runs?.findLast(([, , , outcome]) =>
+      "fkiu".includes(outcome));
     for (const name of NAMES[kind]) item[name] = visible(item[name] || "");
     state[kind].set(KEY_OF[kind](item), item);
   }
@@ -20244,8 +20248,8 @@ const nameOf = (one) => one.label || one.name || one.slug;
 const isSnoozed = (one) => Boolean(one.snoozed) && one.snoozed > now();
 
 // Returns the subject of the alerts about a thing, as the API names it.
-const subjectOf = (one) => `${isCheck(one) ? "check" : isHost(one) ? "host"
-  : "job"}:${one.id}`;
+const kindOf = (one) => isCheck(one) ? "check" : isHost(one) ? "host" : "job";
+const subjectOf = (one) => one.subject ||= `${kindOf(one)}:${one.id}`;
 const alertsAbout = (one) => state.alertsOf.get(subjectOf(one)) || [];
 const allThings = () => [...state.hosts.values(), ...state.jobs.values(),
   ...state.checks.values()];
@@ -20263,7 +20267,7 @@ const needsAttention = (one) => hasProblem(one) && !isSnoozed(one);
 // Returns "7 jobs, 2 checks and 1 host".
 function countWords(things) {
   const kinds = { job: 0, check: 0, host: 0 };
-  for (const one of things) kinds[subjectOf(one).split(":")[0]] += 1;
+  for (const one of things) kinds[kindOf(one)] += 1;
   const words = Object.entries(kinds).filter(([, count]) => count)
     .map(([kind, count]) => plural(count, kind));
   return words.join(", ").replace(/, ([^,]*)$/, " and $1");
@@ -20295,8 +20299,7 @@ function summary() {
 function latestNews() {
   let failed = null, next = null;
   for (const job of state.jobs.values()) {
-    const run = job.recent_runs.findLast(([, , , outcome]) =>
-      "fkiu".includes(outcome));
+    const run = job.lastFailure;
     if (run && !(failed?.run[1] > run[1])) failed = { job, run };
     if (job.next > now() && job.state !== "unknown"
         && !(next?.next < job.next)) next = job;

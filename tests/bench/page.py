@@ -157,7 +157,8 @@ def wire(args, folder: Path) -> None:
         times.sort()
         row("wire: state of 300 jobs, gzip", "200,000 bytes",
             f"{len(state):,}", f"{len(gzip.decompress(state)):,} unpacked")
-        row("wire: state of 300 jobs", "100 ms", f"{times[len(times) // 2]:.0f}"
+        row("wire: state of 300 jobs", "100 ms",
+            f"{times[len(times) // 2]:.0f}"
             " ms", f"the median; the shortest {times[0]:.0f} ms")
 
 

@@ -381,6 +381,29 @@ def test_more_than_200_rows_are_in_closed_groups_that_open_and_are_filtered(
         assert browser.js(count) == urgent + int(toggle.split()[0])
 
 
+def test_push_redraws_the_row_of_the_changed_job_and_no_other(page, stand_in):
+    job = next(job for job in stand_in.world.jobs.values()
+               if job["state"] == "ok")
+    page.js("""
+        window.redrawn = [];
+        window.observer = new MutationObserver((changes) => redrawn.push(
+            ...changes.filter(({target}) => target.row).map(({target}) =>
+                target.row.job.id)));
+        observer.observe(jobList.body, {childList: true, subtree: true});""")
+    show(page, {**job, "next": job["next"] and job["next"] + 60})
+    assert page.js("observer.disconnect(); return [...new Set(redrawn)]"
+                   ) == [job["id"]]
+    show(page, job)
+
+
+def test_column_headers_stay_in_sight_when_the_list_is_scrolled(page):
+    page.js("scrollTo(0, 1500)")
+    top = page.js("return document.querySelector('.heads')"
+                  ".getBoundingClientRect().top")
+    page.js("scrollTo(0, 0)")
+    assert 0 < top < 100
+
+
 @pytest.mark.parametrize("words, changed", [
     ("missed", {"state": "missed"}), ("failed", {"state": "failed"}),
     ("never ran", {"state": "new"}), ("snoozed", {"snoozed": 4e9})])
