@@ -27382,6 +27382,278 @@ def print_paged(text: str) -> int:
 # them with the tables of settings, routes, options and states.
 # ==========================================================================
 
+TAB_TOPIC = """\
+WHAT A TAB IS
+
+A tab is a crontab in koi's format: all of crontab(5), with cronie's extras,
+and names, sections, settings and arguments. `koitab -e` edits yours, `koitab
+FILE` installs one, `koitab -T FILE` tests one, and `koitab next` prints when
+its jobs start. An error is reported with line and column; then nothing is
+installed. What is valid but suspicious gets a warning.
+
+    [Backups]
+    # Copies /home to the NAS.
+    "Nightly"    30 2 * * *   /usr/local/bin/backup
+    KOI_TIMEOUT=10m
+    "Check"      */15 * * * * /usr/local/bin/check
+    [For the office]
+    "Say hi"     @manual      ~/tweet.sh {{To}} {{Times, int, 1}}
+
+LINES
+
+  [Section]
+      The jobs below are in this section.
+  "Name" 30 2 * * * command
+      A job with a name. The name may be left out.
+  "Name" @manual command
+      A job that only people start, by hand.
+  "Name" @after "Other" command
+      A job that starts when a run of the job Other ends with status 0. A job
+      in a section may be written "Section/Name".
+  @reboot command
+      A job that starts once after each boot.
+  @hourly, @daily, @midnight, @weekly, @monthly, @yearly, @annually
+      As in cron: 0 * * * *, 0 0 * * * (twice), 0 0 * * 0, 0 0 1 * *, and 0 0 1
+      1 * (twice).
+  NAME=value
+      A variable or a setting for the lines below (`koitab help settings`).
+      Quotes around the value are removed. No $ is expanded.
+  # text
+      A comment, on a line of its own. Directly above a job it is the job's
+      description on the dashboard.
+
+A name has at most 100 characters and no quotes. A section has each name once.
+Equal lines without a name all run, as in cron; koi distinguishes their
+histories by the assignments above them, then by their order. A @manual line
+that equals another one needs a name. A line that is both in your tab and in
+your crontab of cron runs once.
+
+SCHEDULES
+
+  minute
+      0 to 59
+  hour
+      0 to 23
+  day of the month
+      1 to 31
+  month
+      1 to 12, or jan to dec
+  day of the week
+      0 to 7 (0 and 7 are Sunday), or sun to sat
+
+A field is * or a list of values and ranges, with a step if wanted: 5, 1-5,
+1,15, */10, 8-18/2. 5~10 is one number of that range, and ~ one of all: it is
+picked once for this machine and line. If the day of the month or the day of
+the week begins with *, a day must satisfy both fields; otherwise one of them
+is enough.
+
+  30 2 * * *
+      Every day at 02:30.
+  */15 8-18 * * 1-5
+      Every 15 minutes from 08:00 to 18:45, Monday to Friday.
+  0 6 1,15 * *
+      On day 1 and 15 of each month at 06:00.
+  0 9 * * mon
+      Every Monday at 09:00.
+
+The last day of a month and the second Friday have no form of their own:
+
+    0 9 28-31 * * [ "$(date -d tomorrow +\\%d)" = 01 ] && command
+    0 9 8-14 * *  [ "$(date +\\%u)" = 5 ] && command
+
+COMMANDS
+
+The shell (SHELL) gets the rest of the line. The first % ends the command: what
+follows is the job's standard input, in which each further % is a line break.
+Write \\% where the command needs a %, as in date +\\%F.
+
+`-n ` before the command sends mail only if the job fails. `-` at the beginning
+of a line in root's tabs keeps the start out of the system log.
+
+A line has at most 131,071 bytes of command, a tab 1 MiB and 10,000 lines,
+1,000 of them assignments.
+
+FILES OF CRON
+
+In /etc/crontab, /etc/cron.d and cron's user crontabs, which koid --system
+serves, braces are plain text and there is no @after. /etc/crontab and
+/etc/cron.d have the user before the command. `koitab next`, run, status and
+history show all jobs that koid serves for a user; `koitab -l` and `-e` are for
+koi's tabs alone, and print a warning if koid serves a crontab of the user in
+cron's spool as well.
+
+DIFFERENCES FROM DEBIAN'S CRON
+
+A bad line drops that line, with a message in the log and in `koitab status`;
+cron drops the whole file.
+
+Text after a number (5.5, 1-5-9) is refused, as in cronie. fri-sun and 5-0 in
+the last field run to Sunday, where cron never runs them.
+
+USER is set. \\\\ in a command stays, where cron makes it \\; \\% is %.
+
+A line without a command is refused; Debian's cron runs an empty one.
+
+Mail comes from alice (Cron Daemon), where Debian's comes from root. It has no
+X-Cron-Env headers, because they would send the variables of a tab around.
+
+If the home directory is missing, the output says so, and the job runs in /.
+
+Jobs that are due in the minute in which koid was restarted are run.
+
+PAM is not used. /etc/environment and /etc/default/locale are read; an account
+that has expired in /etc/shadow runs nothing; limits and sessions are koid's.
+"""
+ARGUMENTS_TOPIC = """\
+WHAT ARGUMENTS ARE
+
+A job can ask for values when a person starts it: `koitab run` takes them as
+ARG=VALUE or asks at the terminal, and the page shows a form.
+
+    "Say hi"  @manual  ~/tweet.sh {{To}} {{Times, int, 1}}
+
+    koitab run "Say hi" "To=o'brien"
+
+TYPES
+
+  {{Name}}, {{Name, string, default}}
+      One line of text.
+  {{Name, text}}
+      Several lines.
+  {{Name, int, 5}}
+      A whole number of up to 18 digits; it may begin with -.
+  {{Name, bool, false}}
+      true or false.
+  {{Name, choice(a|b|c), a}}
+      One of these words.
+  {{Name, date}}
+      A date such as 2026-03-29.
+  {{Name, secret}}
+      Text that is stored nowhere: ****** in the output and in the history, and
+      encrypted for the host on its way through the dashboard.
+
+The third part is the default. An argument without a default needs a value that
+is not empty. {{Name, string, }} has an empty default, so this argument may
+stay empty. A job that starts by itself takes the defaults, so each of its
+arguments needs one; {{Name}} without a type is plain text there, with a
+warning. In the files of cron all braces are plain text.
+
+VALUES
+
+A value has at most 4 KiB, one of the type text 64 KiB, all values of a job
+together 256 KiB. A job has at most 64 arguments. ARG=- reads the value from
+standard input. A secret is read there or at the terminal; ARG=VALUE is refused
+for it, because other users can see the command line of a process.
+
+KOI_CONFIRM=yes makes `koitab run` and the page ask before they start the job,
+KOI_CONFIRM=cli forbids the page (`koitab help settings`).
+
+WHERE AN ARGUMENT MAY BE
+
+An argument is where the shell expects a word, or part of one, without quotes:
+--to={{To}}. Remove quotes around it, because koi quotes the value itself. The
+value reaches the shell in the environment, as KOI_ARG_1, KOI_ARG_2 and so on,
+and "${KOI_ARG_1}" is in its place: it is exactly one word and never becomes
+code, whatever it contains.
+
+Within quotes, $(...), ${...}, backquotes, arithmetic, a here-document or a
+comment, and after a backslash or %, an argument is refused with line, column
+and the fix. Programs that read their arguments as code (eval, sh -c, ssh,
+xargs and others) get a warning: a value can run code there. Give such values
+to a script, which reads "$1".
+
+If a value may begin with -, write -- before it, so that the program does not
+take it for an option: rm -- {{File}}
+
+SHELL must be a shell that reads "${KOI_ARG_1}": sh, dash, bash, busybox, zsh
+or ksh, not fish or csh.
+"""
+SETTINGS_TOPIC = """\
+HOW SETTINGS WORK
+
+A setting is an assignment in a tab. It holds for the jobs below it, until the
+same name is assigned again. KOI_SKIP and KOI_ONE_OF may be empty: none. Jobs
+without a time limit belong above the first KOI_TIMEOUT.
+
+    KOI_RETRY=3
+    "Copy"   */15 * * * *  /usr/local/bin/copy
+    KOI_RETRY=0
+    "Check"  0 3 * * *     /usr/local/bin/check
+
+A duration is a number with a unit: 500ms, 90s, 10m, 1h30m, 2d.
+
+SETTINGS OF KOI
+
+  KOI_TIMEOUT
+      A run that takes longer gets SIGTERM, and SIGKILL ten seconds later. Its
+      output ends with a line that says so. A duration. Default: none.
+  KOI_OVERLAP
+      What happens if the job is due while it still runs: allow (start it
+      again, as cron does), skip (record it as skipped), queue (start it
+      afterwards) or replace (end the running one). Default: allow.
+  KOI_RETRY
+      How many times a failed run is tried again: after 10 s, 20 s, 40 s and so
+      on, up to 10 min. Default: 0.
+  KOI_CATCHUP
+      yes: if starts were missed while the machine was down or asleep, the job
+      runs once when koid starts. no: they are recorded as missed. Default: no.
+  KOI_KEEP
+      How many runs of the job stay in the history of this host. 30 days after
+      the job was removed from its tab, none. Default: 100.
+  KOI_START_WITHIN
+      A run that starts later than this after its due time is marked as late,
+      and `koitab status` names a job that waits for so long. For a group of
+      hosts it is also how long a start may be claimed. A duration. Default:
+      none.
+  KOI_CONFIRM
+      yes: `koitab run` and the page ask before they start the job. cli: only
+      `koitab run` on this machine may start it. Default: no.
+  KOI_NICE
+      The niceness of the job, 0 to 19. That of koid is kept if it is higher.
+      Default: 0.
+  KOI_ONE_OF
+      The name of a group of hosts: of all hosts that have the job in this
+      group, one makes each start. Letters, digits and . _ - are allowed. See
+      `koitab help behaviour`. Default: none.
+  KOI_SKIP
+      Dates, in the zone of the job, on which it starts only by hand:
+      2026-12-24..2027-01-01,2027-05-01. Default: none.
+
+SETTINGS OF CRONIE
+
+  CRON_TZ
+      The time zone of the lines below, such as Europe/Berlin. Default: that of
+      the machine.
+  RANDOM_DELAY
+      The start is delayed by up to this number of minutes (1440 at most), the
+      same each day on this machine. Default: 0.
+
+VARIABLES OF CRON
+
+  MAILTO, MAILFROM
+      Who gets mail, and from whom it comes, as in cron. Empty: no mail.
+      Default: the user.
+  CONTENT_TYPE, CONTENT_TRANSFER_ENCODING
+      Of the mail. Default: plain text.
+  SHELL
+      The shell of the commands. Default: /bin/sh.
+  HOME, PATH
+      Default: the home directory of the user; /usr/bin:/bin.
+  LOGNAME, USER
+      The user. A tab cannot change them.
+
+Any other variable is passed to the jobs below it.
+
+WHAT A JOB GETS
+
+  KOI_RUN
+      The number of the run, as `koitab history` shows it.
+  KOI_ARG_1, KOI_ARG_2, ...
+      Its arguments (`koitab help arguments`).
+
+The job also gets /etc/environment and /etc/default/locale, and with koid
+--container the variables of the container. The tab counts before them.
+"""
 DASHBOARD_TOPIC = """\
 ONE MACHINE
 
@@ -28472,6 +28744,9 @@ SEE ALSO
 {pages}
 """
 TOPICS = {      # name: (title, text)
+    "tab": ("the lines of a tab, and what differs from cron", TAB_TOPIC),
+    "arguments": ("forms and arguments of @manual jobs", ARGUMENTS_TOPIC),
+    "settings": ("KOI_ settings and the variables of a tab", SETTINGS_TOPIC),
     "dashboard": ("make, join, serve and look after a dashboard",
                   DASHBOARD_TOPIC),
     "alerts": ("what raises an alert, and who is notified", ALERTS_TOPIC),

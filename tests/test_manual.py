@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -83,11 +84,11 @@ def test_help_of_a_command_is_that_of_its_option():
 
 
 @pytest.mark.parametrize("words, message", [
-    (["help", "dashbord"], 'unknown topic "dashbord"\n'
-     "koitab: hint: koitab help dashboard\n"),
+    (["help", "setings"], 'unknown topic "setings"\n'
+     "koitab: hint: koitab help settings\n"),
     (["help", "xyzzy"], 'unknown topic "xyzzy"\n'
      "koitab: hint: koitab help\n"),
-    (["man", "run"], 'unknown topic "run"\nkoitab: hint: koitab man\n')])
+    (["man", "xyzzy"], 'unknown topic "xyzzy"\nkoitab: hint: koitab man\n')])
 def test_unknown_topic_is_wrong_usage(words, message):
     done = run("koitab", *words)
     assert (done.returncode, done.stdout) == (2, "")
@@ -244,3 +245,47 @@ def test_ping_has_every_field_of_its_query_and_every_state():
             ] == []
     assert missing(["start", "fail", "log", "new", "up", "down", "paused"],
                    text) == []
+
+
+def test_settings_has_every_setting_with_its_default_and_choices():
+    rows = dict(re.findall(r"^  ([A-Z_]+)\n((?:      .+\n)+)",
+                           TEXTS["settings"], re.M))
+    assert missing(koitab.SETTINGS, TEXTS["settings"]) == []
+    for name, (field, _, expected) in koitab.SETTINGS.items():
+        value = getattr(koitab.Settings, field)
+        default = re.search(r"Default: (\S+?)\.", " ".join(
+            rows[name].split()))
+        if name != "CRON_TZ":
+            assert default[1] == (str(value) if value not in (0.0, (), "")
+                                  or name in ("KOI_RETRY", "KOI_NICE",
+                                              "RANDOM_DELAY") else "none")
+        if " or " in expected and not expected.startswith(("a ", "how ")):
+            assert missing(re.findall(r"\w+", expected.replace(" or ", " ")),
+                           rows[name]) == []
+
+
+def test_arguments_has_every_type():
+    text = TEXTS["arguments"]
+    types = {"string", "text", "int", "bool", "date", "secret"}
+    assert {found for found in re.findall(
+        r"^  (?:\{\{Name\}\}, )?\{\{Name, (\w+)", text, re.M)
+            } == types | {"choice"}
+    tab = "".join(f'"{n}" @manual x {{{{Name, {type}}}}}\n' for n, type
+                  in enumerate([*types, "choice(a|b)"]))
+    assert koitab.parse_tab(tab).errors() == []
+    assert koitab.parse_tab("@manual x {{Name, float}}\n").errors()
+
+
+def test_tab_has_every_special_time():
+    assert missing({*koitab.SPECIALS, "@manual", "@after", "@reboot"},
+                   TEXTS["tab"]) == []
+
+
+@pytest.mark.parametrize("topic", ["tab", "settings", "arguments"])
+def test_example_tabs_of_the_topics_are_valid(topic):
+    examples = [block for block in TEXTS[topic].split("\n\n")
+                if re.match(r'    (?:\[|"|KOI_|\d)', block)]
+    assert examples
+    for block in examples:
+        tab = koitab.parse_tab(textwrap.dedent(block) + "\n")
+        assert tab.diagnostics == [] and tab.jobs, block
