@@ -747,7 +747,7 @@ def parse_tzif(name: str, data: bytes) -> Zone:
         rule = rule if "," in rule else ""      # without one there is no DST
         in_order = [offsets[0]] + [offsets[each] for each in type_numbers]
     except (error, IndexError, UnicodeDecodeError) as broken:
-        raise ValueError(f"{name} is broken: {broken}") from None
+        raise ValueError(f"{name} is damaged: {broken}") from None
     return Zone(name, list(begins), in_order, rule)
 
 
@@ -847,7 +847,7 @@ class ScheduleField:
             value = self.names.get(word.lower()) if word.isascii() else None
         if value is None:
             if not word:
-                self.reject(at, "a number is missing" + (
+                self.reject(at, "missing number" + (
                     f" in {short(text)}" if text else ""))
             hint = nearest(word.lower()[:3], self.names) if self.names else ""
             self.reject(at, f"{short(word)} is not a {self.name}",
@@ -855,7 +855,7 @@ class ScheduleField:
                         or (f"did you mean {hint}?" if hint
                             else self.describe_range()))
         if not self.low <= value <= self.high:
-            self.reject(at, f"{self.describe_range()}, not {short(word)}", {
+            self.reject(at, f"{self.describe_range()}, found {short(word)}", {
                 "hour 24": "midnight is hour 0", "minute 60": "a full hour "
                 "is minute 0"}.get(f"{self.name} {word}", ""))
         return value
@@ -864,7 +864,7 @@ class ScheduleField:
         """Return the number after the / of the element `text`."""
         if not (word.isdigit() and word.isascii()) or not word.strip("0"):
             self.reject(at,
-                        f"the step of {short(text)} is not a number "
+                        f"invalid step in {short(text)}: expected a number "
                         "greater than 0")
         return int(word.lstrip("0")[:LONGEST_NUMBER])
 
@@ -876,7 +876,8 @@ class ScheduleField:
         high = self.parse_value(last, at + len(first) + 1, text) if last \
             else self.high
         if low > high:
-            self.reject(at, f"{short(text)} runs backwards", f"{high}~{low}")
+            self.reject(at, f"invalid range {short(text)}: it ends before it "
+                        "begins", f"{high}~{low}")
         return low + (pick or stable_random)(f"{self.name} {text}") % (
             high - low + 1)
 
@@ -887,8 +888,8 @@ class ScheduleField:
         return QUARTZ_HINTS[match[1]] if match and self.high in (7, 31) else ""
 
     def describe_range(self) -> str:
-        """Return the range of the values: minute is 0 to 59."""
-        return f"{self.name} is {self.low} to {self.high}"
+        """Return the range of the values: expected 0 to 59."""
+        return f"expected {self.low} to {self.high}"
 
     def reject(self, at: int, why: str, hint: str = ""):
         """Raise ScheduleError for the text at the offset `at`."""
@@ -962,7 +963,7 @@ class Schedule:
                                     " ".join(SPECIALS))
             raise ScheduleError(SCHEDULE_FIELDS[min(len(parts), 4)].name,
                                 len(text),
-                                f"five columns are needed, not {len(parts)}")
+                                f"expected 5 columns, found {len(parts)}")
         return cls(text, [field.parse(part, pick) for field, part
                           in zip(SCHEDULE_FIELDS, parts)],
                    [part[0] == "*" for part in parts])
@@ -1095,11 +1096,11 @@ MONTH_WORDS = ("January February March April May June July August September "
                "October November December").split()
 
 
-def join_words(words: list[str]) -> str:
-    """Return "a, b and c"."""
+def join_words(words: list[str], last: str = "and") -> str:
+    """Return "a, b and c"; `last` is the word before the last one."""
     if len(words) < 2:
         return "".join(words)
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def describe_numbers(numbers: list[int], word=str) -> str:
@@ -1277,25 +1278,27 @@ class Parameter(FrozenRecord):
         if self.type == "int":
             digits = value.removeprefix("-")
             return "" if digits.isascii() and digits.isdigit() \
-                and len(digits) <= 18 else "an int is 1 to 18 digits"
+                and len(digits) <= 18 else "expected a whole number of at " \
+                    "most 18 digits"
         if self.type == "bool":
             return "" if value in ("true", "false") else \
-                "a bool is true or false"
+                "expected true or false"
         if self.type == "choice":
             return "" if value in self.choices else \
-                f"choose one of {'|'.join(self.choices)}"
+                f"expected one of {'|'.join(self.choices)}"
         if self.type == "date":
-            return "" if is_date(value) else "a date is written 2026-03-29"
+            return "" if is_date(value) else "expected a date such as " \
+                "2026-03-29"
         try:
             size = len(value.encode())
         except UnicodeEncodeError:
-            return "it is not UTF-8"
+            return "not valid UTF-8"
         if has_control(value, "\n\t" if self.type == "text" else "\t"):
-            return "it has a control character"
+            return "contains a control character"
         if not value and self.default != "":
-            return "the value is empty"
+            return "empty value"
         most = LONGEST_TEXT if self.type == "text" else LONGEST_VALUE
-        return f"it is longer than {most:,} bytes" if size > most else ""
+        return f"longer than {most:,} bytes" if size > most else ""
 
 
 class Job(FrozenRecord):
@@ -1343,7 +1346,7 @@ class Job(FrozenRecord):
     def describe(self) -> str:
         """Return in English when it runs."""
         if self.when == "@manual":
-            return "When asked for"
+            return "By hand"
         settings = self.settings
         if self.schedule:
             text = self.schedule.describe()
@@ -1430,21 +1433,22 @@ def has_control(text: str, allowed: str = "") -> bool:
 # --- sh: where may a placeholder be? --------------------------------------
 
 QUOTES = "remove the quotes: koi quotes the value itself"
-ALONE = "make it a word of its own in the command"
+ALONE = "make it a separate word of the command"
 PLACEMENT_HINTS = {     # place of a placeholder -> hint
     "in single quotes": QUOTES, "in double quotes": QUOTES,
     "in $'..'": QUOTES, "in backquotes": ALONE, "in $(..)": ALONE,
     "in ${..}": ALONE, "in arithmetic": ALONE, "in <(..) or >(..)": ALONE,
-    "in a here-document": "hand it to a command as a word",
+    "in a here-document": "pass it to a command as a word",
     "in a comment": "a # begins a comment; put the argument before it",
-    "after a backslash": "leave the backslash away",
-    "after a $": "leave the $ away", "in an array's index": ALONE,
+    "after a backslash": "remove the backslash",
+    "after a $": "remove the $", "in an array's index": ALONE,
     "in a pattern": ALONE,
     "after >& or <&": "bash would read it twice; write >{{..}} 2>&1",
-    "after a ' in \"${..}\"": "shells read that in two ways; use other quotes",
-    "after %": "what follows % is the job's input; write \\% for a percent",
-    r"after $'..\'..'": "shells read that in two ways; use other quotes",
-    "nested too deep": ALONE,
+    "after a ' in \"${..}\"": "shells disagree about this; use other quotes",
+    "after %": "the text after % is the job's input; write \\% for a percent "
+    "sign",
+    r"after $'..\'..'": "shells disagree about this; use other quotes",
+    "nested too deeply": ALONE,
 }
 # Programs that read an argument a second time, as code, so that no quoting
 # helps. "": always. Letters: with one of these options, as in sh -lc. A word:
@@ -1606,7 +1610,7 @@ class Lexer:
         text, word, first = self.text, -1, not self.in_array
         self.depth += 1
         if self.depth > DEEPEST_SHELL:
-            self.read_rest("nested too deep")
+            self.read_rest("nested too deeply")
         while self.at < len(text):
             character = text[self.at]
             if character in ENDS_WORD:
@@ -1858,7 +1862,7 @@ class Lexer:
         self.at += 1
         self.depth += 1
         if self.depth > DEEPEST_SHELL:
-            self.read_rest("nested too deep")
+            self.read_rest("nested too deeply")
         while self.at < len(self.text):
             character = self.text[self.at]
             if character == "}":
@@ -2024,14 +2028,15 @@ SETTINGS = {    # variable -> field of Settings, parser, what it expects
                     "a duration such as 90s or 1h30m"),
     "KOI_OVERLAP": ("overlap", one_of("allow", "skip", "queue", "replace"),
                     "allow, skip, queue or replace"),
-    "KOI_RETRY": ("retry", parse_count, "how many times, 0 or more"),
+    "KOI_RETRY": ("retry", parse_count, "a number of times, 0 or more"),
     "KOI_CATCHUP": ("catchup", one_of("yes", "no"), "yes or no"),
-    "KOI_KEEP": ("keep", parse_positive, "how many runs, 1 or more"),
+    "KOI_KEEP": ("keep", parse_positive, "a number of runs, 1 or more"),
     "KOI_START_WITHIN": ("start_within", parse_duration,
                          "a duration such as 10m"),
     "KOI_CONFIRM": ("confirm", one_of("yes", "no", "cli"), "yes, no or cli"),
     "KOI_NICE": ("nice", at_most(19), "a niceness, 0 to 19"),
-    "KOI_SKIP": ("skip", parse_dates, "2026-12-24..2027-01-01,2027-05-01"),
+    "KOI_SKIP": ("skip", parse_dates,
+                 "dates such as 2026-12-24..2027-01-01,2027-05-01"),
     "KOI_ONE_OF": ("one_of", parse_group,
                    "a group's name: letters, digits, . _ -"),
     "CRON_TZ": ("zone", str, "a name such as Europe/Berlin"),
@@ -2131,6 +2136,7 @@ class TabReader:
         self.settings = Settings()
         self.environment: dict[str, str] = {}
         self.assignments = 0
+        self.unused: dict[str, int] = {}    # settings without a job -> row
         self.lines_of: dict[tuple, int] = {}
         self.columns: dict[int, int] = {}   # of the name after @after, by row
         self.tab = Tab([], [], {})
@@ -2149,8 +2155,12 @@ class TabReader:
         if last.strip(BLANKS) and not last.lstrip(BLANKS).startswith("#"):
             self.row, self.base = len(lines) + 1, 0
             self.add_diagnostic(len(last), "premature EOF",
-                                "the last line does not end",
-                                "press Enter at its end", True)
+                                "missing newline at the end of the last line",
+                                "press Enter after it", True)
+        self.tab.diagnostics.extend(Diagnostic(
+            row, 1, "odd variable", f"{name} has no effect, because no job "
+            "follows", "put the setting above its jobs", False)
+            for name, row in self.unused.items())
         return self.tab
 
     def resolve_followers(self) -> None:
@@ -2172,8 +2182,8 @@ class TabReader:
                 if found[0].when == "@manual":
                     self.tab.diagnostics.append(Diagnostic(
                         job.line, self.columns[job.line], "odd job",
-                        f"it never starts: {short(job.leader)} runs by hand "
-                        "alone", fatal=False))
+                        f"this job never starts, because {short(job.leader)} "
+                        "only runs by hand", fatal=False))
         for job in valid:       # it grows; a cycle is never reached
             valid += [each.replace(after=job.identity())
                       for each in followers.get(job.identity(), ())]
@@ -2187,10 +2197,10 @@ class TabReader:
         """Return why a job with @after is dropped; `named` are the jobs of
         the tab by their names."""
         found = named.get(job.leader, ())
-        why, hint = f"{short(job.leader)} never starts by itself: the jobs " \
+        why, hint = f"{short(job.leader)} never starts, because the jobs " \
             "before it are invalid or form a cycle", ""
         if len(found) > 1:
-            why = f"{short(job.leader)} is the name of {len(found)} jobs"
+            why = f"{len(found)} jobs are named {short(job.leader)}"
             hint = f'@after "{found[0].section}/{found[0].name}"'
         elif not found:
             why = f"no job named {short(job.leader)} in this tab"
@@ -2234,7 +2244,7 @@ class TabReader:
     def read_statement(self, line: str) -> None:
         """Read a section, an assignment or an entry. Raises LineRejected."""
         if "\0" in line:
-            self.reject(line.index("\0"), "bad line", "there is a NUL in it")
+            self.reject(line.index("\0"), "bad line", "contains a NUL byte")
         if line[0] == "\ufeff":
             self.reject(0, "bad minute", "the line begins with a byte "
                         "order mark (BOM)",
@@ -2257,12 +2267,13 @@ class TabReader:
         """Return `name` if a job or section may have it. Raises
         LineRejected."""
         if not name:
-            self.reject(at, what, "the name is empty", hint)
+            self.reject(at, what, "empty name", hint)
         if len(name) > LONGEST_NAME:
-            self.reject(at, what, f"a name has at most {LONGEST_NAME} "
+            self.reject(at, what, f"name longer than {LONGEST_NAME} "
                         "characters", hint)
         if has_control(name):
-            self.reject(at, what, "the name has a control character", hint)
+            self.reject(at, what, "the name contains a control character",
+                        hint)
         return name
 
     def assign(self, name: str, value: str, at: int) -> None:
@@ -2273,6 +2284,8 @@ class TabReader:
                         "assignments")
         if name in SETTINGS:
             self.set_setting(name, value, at)
+            if value and name.startswith("KOI_"):
+                self.unused[name] = self.row
         else:
             self.lint_assignment(name, value, at)
         self.environment = {**self.environment, name: value}
@@ -2283,7 +2296,7 @@ class TabReader:
         if name.startswith("KOI_"):
             meant = nearest(name[:30], SETTINGS)
             self.add_diagnostic(0, "unknown setting",
-                                f"koi has no {escape_controls(name)}",
+                                f"{escape_controls(name)} has no effect",
                                 f"did you mean {meant}?" if meant else "")
         elif not name.isidentifier() or not name.isascii():
             self.add_diagnostic(0, "odd variable",
@@ -2293,23 +2306,23 @@ class TabReader:
                 word[0] in "*0123456789" for word in words[1:6]):
             self.add_diagnostic(0, "odd variable",
                                 f"this line sets {name} and is not a job",
-                                "a job has its columns first")
+                                "begin a job with its schedule")
         elif "$" in value:
             self.add_diagnostic(at + rest.index("$"), "odd variable",
                                 "cron does not expand $ in a value")
         elif name in ("MAILTO", "MAILFROM") and value \
                 and not safe_address(value):
-            self.add_diagnostic(at, "unsafe mail", "nothing is mailed: "
-                                f"{name} is not {short(value)}",
-                                "me@example.com,root; no blanks")
+            self.add_diagnostic(at, "unsafe mail", f"invalid {name} "
+                                f"{short(value)}, so nothing is mailed",
+                                "expected me@example.com,root without blanks")
         elif name == "TZ":
-            self.add_diagnostic(0, "odd variable", "TZ is for the command, "
+            self.add_diagnostic(0, "odd variable", "TZ applies to the command "
                                 "and does not change when jobs start",
                                 "CRON_TZ")
         elif " #" in value and value[0] != "#":
             self.add_diagnostic(at + rest.index(" #") + 1, "odd variable",
-                                "this # begins no comment: all of the "
-                                "line is the value")
+                                "this # does not begin a comment, because the "
+                                "value is the rest of the line")
 
     def set_setting(self, name: str, value: str, at: int) -> None:
         """Set a field of `settings`. Raises LineRejected."""
@@ -2318,14 +2331,16 @@ class TabReader:
             setting = parse(value)
         except ValueError as error:
             why, offset = error.args
-            self.reject(at + offset, "bad setting", f"{name}: {why}", expected)
+            self.reject(at + offset, "bad setting", f"{name}: {why}",
+                        f"expected {expected}")
         if setting is None:
             if name == "RANDOM_DELAY":      # cronie ignores it, too
                 self.add_diagnostic(at, "bad setting",
-                                    f"{name} is {expected}; ignored")
+                                    f"invalid {name}, which is ignored",
+                                    f"expected {expected}")
                 return
-            self.reject(at, "bad setting", f"{name} is not {short(value)}",
-                        expected)
+            self.reject(at, "bad setting", f"invalid {name} {short(value)}",
+                        f"expected {expected}")
         if name == "CRON_TZ" and value:
             self.tab.zones.setdefault(value, (self.row, self.base + at + 1))
         self.settings = self.settings.replace(**{field: setting})
@@ -2336,6 +2351,7 @@ class TabReader:
         """Return the job of an entry. Raises LineRejected."""
         unlogged, self.name, user = line[0] == "-" and self.root, "", ""
         at = int(unlogged)
+        self.unused.clear()
         if line.startswith('"', at):
             self.name, at = self.read_name(line, at)
         begin, (when, schedule, at) = at, self.read_when(line, at)
@@ -2379,8 +2395,8 @@ class TabReader:
         Raises LineRejected."""
         end = line.find('"', at + 1)
         if end < 0 or line[end + 1:end + 2] not in (" ", "\t"):
-            self.reject(at, "bad name", "a name ends with a quote and a blank",
-                        '"Say Hi" @manual ~/tweet.sh')
+            self.reject(at, "bad name", "missing closing quote, or missing "
+                        "blank after it", '"Say Hi" @manual ~/tweet.sh')
         name = self.valid_name(line[at + 1:end], at + 1, "bad name",
                                '"Say Hi" @manual ~/tweet.sh')
         return name, self.skip_blanks(line, end + 1)
@@ -2395,18 +2411,19 @@ class TabReader:
             return word, None, end
         if word == "@after" and not self.literal:
             if not line.startswith('"', end):
-                self.reject(end, "bad name", "@after is followed by the name "
-                            "of a job, in quotes",
+                self.reject(end, "bad name", "missing job name in quotes "
+                            "after @after",
                             '"Report" @after "Nightly" ~/report.sh')
             self.columns[self.row] = self.base + end + 1
             name, end = self.read_name(line, end)
             return f'@after "{name}"', None, end
         if word not in SPECIALS:
             known = ["@manual", "@reboot", *SPECIALS]
+            meant = nearest(word[:20].lower(), known)
             self.reject(at, "bad time specifier", f"unknown {short(word)}",
                         "every 5 minutes: */5 * * * *" if word == "@every"
-                        else nearest(word[:20].lower(), known)
-                        or " ".join(known))
+                        else f"did you mean {meant}?" if meant
+                        else "expected " + " ".join(known))
         return word, Schedule.parse(word), end
 
     def read_fields(self, line: str, at: int):
@@ -2422,8 +2439,8 @@ class TabReader:
         for field in SCHEDULE_FIELDS:
             if at >= len(line):
                 errors = errors or [self.diagnostic(
-                    at, f"bad {field.name}", "the line ends too early",
-                    "five columns, then the command")]
+                    at, f"bad {field.name}", "unexpected end of the line",
+                    "30 2 * * * COMMAND")]
                 break
             begin, (word, at) = at, self.read_word(line, at)
             words.append(word)
@@ -2431,9 +2448,9 @@ class TabReader:
                 bits.append(field.parse(word, pick))
             except ScheduleError as error:
                 if not errors and is_command_word(word, field):
-                    self.reject(begin, f"bad {field.name}", "a schedule has "
-                                f"5 columns, {len(bits)} found", "five "
-                                "columns, then the command")
+                    self.reject(begin, f"bad {field.name}", "expected 5 "
+                                "columns before the command, found "
+                                f"{len(bits)}", "30 2 * * * COMMAND")
                 errors.append(self.diagnostic(
                     begin + error.at, f"bad {error.field}", error.why,
                     error.hint))
@@ -2449,11 +2466,13 @@ class TabReader:
         if not command.strip(SPACE):
             self.reject(at, "bad command", "missing command")
         if command[0] == "*":
-            self.reject(at, "bad command", "it begins with a star",
-                        "five columns, not six")
+            self.reject(at, "bad command", "the command begins with *",
+                        "expected five columns, not six")
         if len(command.encode("utf-8", "surrogateescape")) > LONGEST_COMMAND:
-            self.reject(at, "bad command", "it is too long: the kernel takes "
-                        f"{LONGEST_COMMAND:,} bytes", "put it into a script")
+            self.reject(at, "bad command", "command too long: the kernel "
+                        f"accepts {LONGEST_COMMAND:,} bytes",
+                        "put the command into a "
+                        "script")
 
     def check_unique(self, job: Job) -> None:
         """Raises LineRejected if a line above is the same job, where people
@@ -2462,9 +2481,8 @@ class TabReader:
             return
         before = self.lines_of.setdefault(job.identity(), job.line)
         if before != job.line:
-            self.reject(0, "bad job", f"line {before} is the same job, and "
-                        "runs would be mixed up",
-                        'a "Name" of its own in front')
+            self.reject(0, "bad job", f"duplicate of the job on line {before}",
+                        'put a unique "Name" in front')
 
     def check_group(self, job: Job, at: int) -> None:
         """Raises LineRejected for a job whose starts the hosts of a group
@@ -2492,7 +2510,8 @@ class TabReader:
                       else declared_names(command))
         self.find_in_input(lexer, command, end)
         misplaced = [self.diagnostic(
-            at + each.start, "bad argument", f"it is {each.place}",
+            at + each.start, "bad argument",
+            f"the argument is {each.place}",
             PLACEMENT_HINTS[each.place])
             for each in lexer.found if each.place]
         self.check_ignored_braces(lexer, command, at, when)
@@ -2536,7 +2555,8 @@ class TabReader:
         shell = self.environment.get("SHELL", "").rpartition("/")[2]
         if shell in FOREIGN_SHELLS:
             self.reject(at, "bad argument",
-                        f"{shell} reads a command in its own way",
+                        "arguments need a SHELL with the syntax of sh, which "
+                        f"{shell} does not have",
                         "SHELL=/bin/sh above this line")
 
     def check_ignored_braces(self, lexer: Lexer, command: str, at: int,
@@ -2546,8 +2566,8 @@ class TabReader:
         for where, kind in lexer.ignored:
             if when == "@manual" and kind in ("open", "braces"):
                 self.reject(at + where, "bad argument",
-                            "this {{ has no }}" if kind == "open" else
-                            "there are braces in braces",
+                            "missing }} after this {{" if kind == "open" else
+                            "braces inside braces",
                             "{{name, type, default}}")
             if kind in ("plain", "braces"):
                 end = command.index("}}", where)
@@ -2574,7 +2594,7 @@ class TabReader:
         name, kind = parts[0], parts[1] if len(parts) > 1 else ""
         default = parts[2] if len(parts) > 2 else None
         if not name or len(name) > LONGEST_NAME or has_control(name):
-            reject("a name has 1 to 100 characters that can be printed")
+            reject("expected a name of 1 to 100 printable characters")
         if name in known and len(parts) == 1:
             return known[name]
         kind, choices = self.parse_type(kind, at)
@@ -2584,18 +2604,19 @@ class TabReader:
             if reason:
                 reject(f"invalid default {short(default)}: {reason}", "")
         elif when != "@manual":
-            reject("koid asks nobody when the job is due, so it needs a "
-                   "default", f"{{{{{escape_controls(name)}, "
+            reject("missing default, because a scheduled start has no form to "
+                   "fill in", f"{{{{{escape_controls(name)}, "
                    f"{kind or 'string'}, default}}}}")
         if name in known and known[name] != param:
             reject(f"duplicate argument {short(name)}",
                    f"{{{{{escape_controls(name)}}}}} inserts the same value "
                    "again")
         if len(known) >= MOST_PARAMS:
-            reject(f"there are more than {MOST_PARAMS}", "")
+            reject(f"more than {MOST_PARAMS} arguments", "")
         if kind == "secret" and default:
             self.add_diagnostic(at, "odd argument",
-                                "a default in the tab is not secret")
+                                "a default in the tab is readable, so it is "
+                                "not secret")
         return param
 
     def parse_type(self, kind: str, at: int) -> tuple[str, tuple]:
@@ -2605,14 +2626,14 @@ class TabReader:
             choices = tuple(word.strip() for word in kind[7:-1].split("|"))
             if not all(choices) or len(set(choices)) < len(choices):
                 self.reject(at, "bad argument",
-                            "each choice is a word of its own",
+                            "empty or duplicate choice",
                             "choice(a|b|c)")
             return "choice", choices
         if kind not in ("", "string", "int", "bool", "text", "date",
                         "secret"):
             self.reject(at, "bad argument", f"unknown type {short(kind)}",
-                        "string, int, bool, text, date,"
-                        " secret or choice(a|b|c)")
+                        "expected string, int, bool, text, date, secret or "
+                        "choice(a|b|c)")
         return kind, ()
 
     # --- what is valid and probably a mistake
@@ -2630,11 +2651,16 @@ class TabReader:
             self.add_diagnostic(at, "odd command", "the command is `root`",
                                 "only /etc/crontab and cron.d have a column "
                                 "for users")
+        setting = job.command.partition("=")[0]
+        if setting in SETTINGS and setting.startswith("KOI_"):
+            self.add_diagnostic(at, "odd command", f"{setting} has no effect "
+                                "in a command", "put the setting on a line "
+                                "above the job")
         percent = split_percent(job.command)[2]
         if is_odd_percent(job.command, percent):
             self.add_diagnostic(at + percent, "odd command",
-                                "the command ends here, and the rest is its "
-                                "input", r"write \%")
+                                "the command ends at this %, and the rest is "
+                                "its input", r"write \%")
 
     def lint_arguments(self, lexer: Lexer, at: int) -> None:
         """Warn if a program of the command evaluates a value."""
@@ -2648,8 +2674,8 @@ class TabReader:
         runner = wrapped_program(lexer.words)
         if runner:
             self.add_diagnostic(where, "unsafe argument",
-                                f"{runner} runs the value: "
-                                "the value is the program, and can be any")
+                                f"{runner} runs the value: anyone who fills "
+                                "it in can run any program")
         for each in lexer.found:
             if each.first:
                 self.add_diagnostic(at + each.start, "unsafe argument",
@@ -2665,14 +2691,14 @@ class TabReader:
             at = self.read_word(self.raw[self.base:], at)[1]
         hours = set_bits(schedule.hours)
         if schedule.never:
-            self.add_diagnostic(first, "odd schedule", "it never runs")
+            self.add_diagnostic(first, "odd schedule", "the job never runs")
         elif not schedule.both and "*" not in (words[2], words[4]):
             self.add_diagnostic(first, "odd schedule",
                                 "a day needs to satisfy only one of two "
                                 f"columns: {schedule.describe()}")
         elif words[0] == "*" and len(hours) == 1:
             self.add_diagnostic(first, "odd schedule",
-                                "in that hour it runs every minute",
+                                "the job runs every minute of that hour",
                                 f"0 {' '.join(words[1:])}")
 
 
@@ -2689,11 +2715,12 @@ def suspicious_parts(field: ScheduleField, word: str):
             if high == 0 < low and field.high == 7:
                 high = 7
         if low > high:
-            yield f"{short(element)} runs backwards and never comes", \
+            yield f"{short(element)} ends before it begins, so it never " \
+                "matches", \
                 f"{first}-{field.high},{field.low}-{last}"
         elif step and field.parse_step(step, 0, element) > high - low:
-            yield f"{short(element)} is only {low}: the step is longer than " \
-                "the range", str(low)
+            yield f"{short(element)} only matches {low}, because the step " \
+                "is longer than the range", str(low)
 
 
 def told_apart(jobs: list[Job], place: tuple) -> list[Job]:
@@ -2802,8 +2829,8 @@ def derive_keys(password: str, salt: bytes, rounds: int = ROUNDS) -> Keys:
     them so that the password is easy to guess, so those raise Error.
     """
     if len(salt) != SALT_BYTES or not ROUNDS <= rounds <= MOST_ROUNDS:
-        raise Error("the dashboard asks for keys that would be weak",
-                    "it is not a koi dashboard, or it was tampered with")
+        raise Error("the dashboard requested weak keys: it is not a koi "
+                    "dashboard, or someone has changed it")
     from hashlib import pbkdf2_hmac
     from unicodedata import normalize
     try:
@@ -2873,25 +2900,26 @@ def verify_request(key: bytes, body, mac) -> dict:
     if not isinstance(body, str) or not isinstance(mac, str):
         raise RequestRejected("not a signed request")
     if len(body) > LONGEST_BODY:
-        raise RequestRejected(f"it is longer than {LONGEST_BODY:,} bytes")
+        raise RequestRejected(f"the request is longer than {LONGEST_BODY:,} "
+                              "bytes")
     try:
         body.encode()
     except UnicodeEncodeError:
-        raise RequestRejected("it is not UTF-8") from None
+        raise RequestRejected("not valid UTF-8") from None
     if not is_valid_mac(mac, run_mac(key, body)):
-        raise RequestRejected("its signature is wrong: it was forged or "
+        raise RequestRejected("invalid signature: the request was forged or "
                               "altered, or the host has other keys")
     request = parse_strict_json(body)
     kind = request.get("do")
     fields = {"run": RUN_FIELDS, "kill": KILL_FIELDS}.get(
         kind if isinstance(kind, str) else "")
     if request.get("v") != 1 or not fields:
-        raise RequestRejected("it is of another version: reload the page, or "
-                              "bring koi up to date here")
+        raise RequestRejected("unknown version of the request: reload the "
+                              "page, or update koi on this host")
     if set(request) != fields or any(
             type(request[name]) is not FIELD_TYPES.get(name, str)
             for name in fields) or not is_hex(request["nonce"], 32):
-        raise RequestRejected("it has not the fields of a request")
+        raise RequestRejected("missing or unknown fields in the request")
     for values in (request.get("args", {}), request.get("secrets", {})):
         if any(type(value) is not str for value in values.values()):
             raise RequestRejected("an argument is not a string")
@@ -2925,7 +2953,7 @@ def parse_strict_json(body: str) -> dict:
                 or json_depth(request) > DEEPEST_BODY:
             raise ValueError
     except (ValueError, RecursionError):
-        raise RequestRejected("it is not the JSON of a request") from None
+        raise RequestRejected("the request is not valid JSON") from None
     return request
 
 
@@ -2948,18 +2976,19 @@ def request_mismatch(request: dict, ours: dict, now: float,
     for name, what in (("key", "other keys"), ("dash", "another dashboard"),
                        ("host", "another host")):
         if request[name] != ours[name]:
-            return f"it is for {what}"
+            return f"the request is for {what}"
     now_ms = int(now * 1000)
     if request["iat"] > now_ms + MOST_AHEAD:
-        return f"it comes from the future: the clock of who asks is " \
-            f"{(request['iat'] - now_ms) // 1000} s ahead of the host's"
+        return "the request comes from the future: the sender's clock is " \
+            f"{(request['iat'] - now_ms) // 1000} s ahead of the host's clock"
     if not 0 < request["exp"] - request["iat"] <= LONGEST_LIFE:
-        return "it would be good for too long"
+        return "the request is valid for too long"
     if request["exp"] <= now_ms:
-        return f"it has expired, {(now_ms - request['exp']) // 1000} s ago " \
-            "by the host's clock"
+        return f"the request expired {(now_ms - request['exp']) // 1000} s " \
+            "ago by the host's clock"
     if request["iat"] < int(since * 1000):
-        return "it is older than what this host remembers"
+        return "the request is too old: this host cannot check whether it " \
+            "was used before"
     return ""
 
 
@@ -2993,20 +3022,20 @@ def parse_enrollment(text: str) -> Enrollment:
     try:
         found = json.loads(text)
     except RecursionError:
-        raise ValueError("the file is damaged") from None
+        raise ValueError("damaged") from None
     if not isinstance(found, dict) or found.pop("v", 0) != 1:
-        raise ValueError("it is of another version")
+        raise ValueError("unknown version")
     try:
         enrollment = Enrollment(**found)
     except (TypeError, AttributeError):
-        raise ValueError("something is missing in it") from None
+        raise ValueError("missing or invalid field") from None
     texts = (enrollment.url, enrollment.name, enrollment.ca)
     if not (is_hex(enrollment.dash, 16) and is_hex(enrollment.host, 32)
             and is_hex(enrollment.token, 64) and is_hex(enrollment.key, 64)
             and isinstance(enrollment.since, (int, float))
             and isinstance(enrollment.plain_http, bool)
             and all(isinstance(each, str) for each in texts)):
-        raise ValueError("something is missing in it")
+        raise ValueError("missing or invalid field")
     return enrollment
 
 
@@ -3055,7 +3084,7 @@ SEGMENTS = (HEADER_BYTES, HEADER_BYTES + KEPT_HEAD,
 CLAIMED, RUNNING, ENDED, UNSTARTABLE = range(4)         # phases
 REASONS = ("", "timeout")
 NO_STATUS, NO_FILE = -1, -2     # instead of a wait status
-NO_FILE_REASON = "its output cannot be kept"
+NO_FILE_REASON = "the output cannot be stored"
 MASK = b"******"
 LOST_WORDS = b" left out here"
 
@@ -3479,19 +3508,19 @@ def file_error(status, owners: tuple, mask: int, links: bool) -> str:
     a user could have made it, to a file of another user.
     """
     if not stat.S_ISREG(status.st_mode):
-        return "it is not a regular file"
+        return "not a regular file"
     if status.st_uid not in owners:
-        return f"its owner is uid {status.st_uid}"
+        return f"owned by uid {status.st_uid}"
     exact = mask == EXACTLY_0600
     if status.st_mode & mask or exact and stat.S_IMODE(
             status.st_mode) != 0o600:
-        what = "its mode is not 0600: chmod 600" if exact \
-            else "others may change it: chmod go-w"
-        return f"{what} (mode {stat.S_IMODE(status.st_mode):04o})"
+        mode = f"{stat.S_IMODE(status.st_mode):04o}"
+        return f"mode {mode}, expected 0600: chmod 600" if exact else \
+            f"writable by other users (mode {mode}): chmod go-w"
     if links and status.st_nlink != 1:
-        return "it has another name (a hard link)"
+        return f"has {status.st_nlink} hard links (expected 1)"
     return "" if status.st_size <= LONGEST_TAB else \
-        f"it is larger than {LONGEST_TAB:,} bytes"
+        f"larger than {LONGEST_TAB:,} bytes"
 
 
 def tab_text_error(text: str) -> str:
@@ -3499,10 +3528,10 @@ def tab_text_error(text: str) -> str:
     try:
         size = len(text.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
-        return "it is not UTF-8"
+        return "not valid UTF-8"
     if size > LONGEST_TAB:
-        return f"it is larger than {LONGEST_TAB:,} bytes"
-    return "there is a NUL in it" if "\0" in text else ""
+        return f"larger than {LONGEST_TAB:,} bytes"
+    return "contains a NUL byte" if "\0" in text else ""
 
 
 class Machine:
@@ -3525,7 +3554,7 @@ class Machine:
         except OSError as error:
             raise Error(f"{path}: {error.strerror}") from None
         if len(data) > LONGEST_TAB:
-            raise Error(f"{path}: larger than {LONGEST_TAB:,} bytes, and no "
+            raise Error(f"{path}: larger than {LONGEST_TAB:,} bytes, so not a "
                         "crontab")
         return data.decode("utf-8", "surrogateescape")
 
@@ -3728,13 +3757,15 @@ class Machine:
                 if not stat.S_ISDIR(status.st_mode):
                     raise Error(f"{directory} is not a directory")
                 if status.st_uid != os.geteuid():
-                    raise Error(f"{directory} belongs to another user")
+                    raise Error(f"{directory} is owned by another user")
                 if status.st_mode & 0o077:
-                    raise Error(f"{directory} is accessible to other users",
-                                f"chmod 700 {directory}")
+                    raise Error(
+                        f"{directory} is accessible to other users (mode "
+                        f"{stat.S_IMODE(status.st_mode):04o})",
+                        f"chmod 700 {directory}")
         except OSError as error:
             raise Error(f"{error.filename or home}: {error.strerror}",
-                        "KOI_HOME=DIRECTORY is another place for koi's files"
+                        "set KOI_HOME to another directory"
                         ) from None
 
     def write_file(self, home: str, name: str, text: str) -> None:
@@ -3823,7 +3854,7 @@ class Machine:
             return parse_enrollment(file.text)
         except ValueError as error:
             raise Error(f"{path}: not used: {error}",
-                        "koitab -d off; koitab -d join") from None
+                        "koitab -d leave; koitab -d join") from None
 
     def write_enrollment(self, home: str, enrollment: Enrollment) -> None:
         """Write the file `keys`. Raises Error."""
@@ -3865,7 +3896,7 @@ class Machine:
         except FileNotFoundError:
             return None
         except OSError as error:
-            return TabFile(path, user, (error.errno,), None, "it is a link"
+            return TabFile(path, user, (error.errno,), None, "a symbolic link"
                            if error.errno == errno.ELOOP else error.strerror)
         try:
             status = os.fstat(fd)
@@ -3939,8 +3970,8 @@ class Machine:
                 with open(CRON_PID, encoding="ascii", errors="replace"
                           ) as file:
                     pid = file.read(20).strip()
-            raise Error(f"cron runs (pid {pid}), and would start its jobs "
-                        "beside koid", "systemctl disable --now cron")
+            raise Error(f"cron is running (pid {pid}) and would start the "
+                        "same jobs", "systemctl disable --now cron")
         os.fchmod(fd, 0o644)
         os.ftruncate(fd, 0)
         os.write(fd, f"{os.getpid()}\n".encode())
@@ -4204,7 +4235,8 @@ def send_alert_mail(host: str, mail: dict, environment: dict) -> str:
     options = ["-i", *(["-f", sender] if sender else [])]
     status, words = run_sendmail([*options, "--", to], alert_message(
         host, **mail), environment, SEND_SECONDS)
-    return f"sendmail says {words or status}" if status else ""
+    return "sendmail failed: " \
+        f"{words or f'exit status {status}'}" if status else ""
 
 
 def alert_message(host: str, to: str, sender: str, subject: str, text: str,
@@ -4377,7 +4409,7 @@ class Database:
         application = self.value("pragma application_id")
         if not application:     # a file of length 0 passes SQLite's checks
             raise DatabaseDamaged(f"{self.path}: not {self.form.name}")
-        hint = f"to start afresh: mv {self.path} {self.path}.old"
+        hint = f"to begin an empty one: mv {self.path} {self.path}.old"
         if self.form.companion:
             hint += f"; rm -f {self.path}{self.form.companion}"
         if application != self.form.application:
@@ -4570,7 +4602,7 @@ PART_OF_DISK = 20               # and at most this part of the file system
 ROW_BYTES = 300                 # of a run without output, about
 NONCES_KEPT, NONCES_FOR = 10_000, 8 * DAY   # the rest goes when it is older
 HISTORY_FORM = DatabaseForm(
-    "a history of koi's", 0x6B6F6931, 3, checked=("meta", "jobs", "runs"),
+    "a koi history", 0x6B6F6931, 3, checked=("meta", "jobs", "runs"),
     pragmas=("cache_size=-256",), tables="""
 create table meta (name text primary key, value text not null) without rowid;
 create table jobs (
@@ -5050,17 +5082,17 @@ def drop_privileges(account: Account) -> None:
         # macOS answers with the groups that its directory knows.
         if sys.platform != "darwin" and set(os.getgroups()) \
                 != set(account.groups):
-            raise PermissionError("the groups are not the user's")
+            raise PermissionError("setgroups had no effect")
     ids = {os.getuid(), os.geteuid(), *os.getresuid()} \
         if hasattr(os, "getresuid") else {os.getuid(), os.geteuid()}
     if ids != {account.uid} or os.getegid() != account.gid:
-        raise PermissionError("the user did not change")
+        raise PermissionError("setuid had no effect")
     if account.uid:
         try:
             os.setuid(0)
         except OSError:
             return
-        raise PermissionError("root could be had back")
+        raise PermissionError("the process could regain root")
 
 
 class Poller:
@@ -5192,8 +5224,8 @@ class SupervisedRun:
             os.chdir("/")
             if home != NO_HOME:
                 self.put(NOTE,
-                         escape_controls(f"{home}: {error.strerror}; it runs "
-                                               "in /").encode())
+                         escape_controls(f"{home}: {error.strerror}; the job "
+                                               "runs in /").encode())
         words = [encode_os(word) for word in (
             spec.environment["SHELL"], "-c", spec.script)]
         environment = {encode_os(name): encode_os(value) for name, value
@@ -5447,7 +5479,7 @@ class Supervisor:
         header.phase = UNSTARTABLE
         header.errno = getattr(error, "errno", None) or errno.EPERM
         self.run.put(NOTE, escape_controls(
-            "could not start: "
+            "failed to start: "
             f"{why or str(error) or type(error).__name__}").encode())
         header.ended = time.time()
         self.finish()
@@ -5772,8 +5804,8 @@ class TabRegistry:
                 self.home, self.system, self.files)}
         except OSError as error:
             self.version = ()
-            self.problems = [f"{error.filename}: {error.strerror}; the tabs "
-                             "stay as they were"]
+            self.problems = [f"{error.filename}: {error.strerror}; the "
+                             "previous tabs stay in use"]
             return True
         version = (
             sorted((path, file.version) for path, file in files.items()),
@@ -5820,7 +5852,7 @@ class TabRegistry:
             zones = {"": self.machine.local_zone()}
         except Error as error:
             zones = {"": UTC}
-            self.problems.append(f"TZ: {error.message}; UTC is used")
+            self.problems.append(f"TZ: {error.message}; using UTC")
         scheduled_jobs: list[ScheduledJob] = []
         for path, tab in self.tabs.items():
             self.problems += [problem.text(path) for problem in tab.errors()]
@@ -5833,8 +5865,8 @@ class TabRegistry:
             for to in {job.environment.get("MAILTO") for job in tab.jobs}:
                 if to and not safe_address(to):
                     self.problems.append(
-                        f"{path}: output is not mailed: MAILTO is not "
-                        f"{short(to)} (an address, without $ or blanks)")
+                        f"{path}: invalid MAILTO {short(to)}, so output is "
+                        "not mailed (expected an address without $ or blanks)")
             errors = group_errors(tab, zones[""], self.has_etcd)
             self.problems += [error.text(path) for error in errors]
             lines = {error.line for error in errors}
@@ -5889,18 +5921,19 @@ class TabRegistry:
             raise Error(f"no job named {short(name)}")
         users = sorted({jobs[id(job)].user for job in found})
         if len(users) > 1:
-            raise Error(f"{short(name)} is a job of {', '.join(users)}",
+            raise Error(f"{short(name)} is a job of several users: "
+                        f"{', '.join(users)}",
                         f"koitab -u {users[0]} ...")
         if len({job.tag for job in found}) > 1:
-            raise Error(f"{short(name)} is the name of {len(found)} jobs",
+            raise Error(f"{len(found)} jobs are named {short(name)}",
                         "use the tag: " + " ".join(job.tag for job in found))
         return jobs[id(found[0])]
 
 
 # How the problem of a file begins that must not be used: others could have
 # written it. After any other problem its last valid tab stays in use.
-UNBELIEVED = ("its ", "others may", "it has another", "it is not a ",
-              "it is a link")
+UNBELIEVED = ("owned by ", "mode ", "writable by ", "has ",
+              "not a regular", "a symbolic link")
 
 
 def only_first(scheduled_jobs: list[ScheduledJob],
@@ -6015,7 +6048,7 @@ def match_jobs(jobs: list, name: str) -> list:
         meant = nearest(name, [job.name for job in jobs if job.name])
         raise Error(f"no job named {short(name)}",
                     f"did you mean {short(meant)}?" if meant else
-                    "a job's name, its tag, or its line")
+                    "koitab next")
     return found
 
 
@@ -6048,16 +6081,16 @@ def validate_arguments(job: Job, given: dict) -> dict[str, str]:
     for name, param in params.items():
         value = given.get(name, param.default)
         if value is None:
-            raise Error(f"the argument {short(name)} is missing",
+            raise Error(f"missing argument {short(name)}",
                         f"{name}=VALUE")
         reason = param.value_error(value) if isinstance(value, str) else \
             "not a string"
         if reason:
-            raise Error(f"the argument {short(name)}: {reason}")
+            raise Error(f"invalid argument {short(name)}: {reason}")
         values[name] = value
     if sum(len(value.encode()) for value in values.values()) > LONGEST_ARGS:
-        raise Error("the arguments are longer together than "
-                    f"{LONGEST_ARGS:,} bytes")
+        raise Error(f"the arguments are longer than {LONGEST_ARGS:,} bytes in "
+                    "total")
     return values
 
 
@@ -6247,8 +6280,9 @@ MAIL_TIME = 60              # seconds for a sendmail
 LONGEST_MAIL_LINE = 900     # bytes of a line in a mail that is not encoded
 NOT_MAILED = "by hand"      # the state of the mail of such a run
 TRY_LATER = 75              # its status for that; the next koid does
-WAITS_FOR_PREVIOUS = "waits for the last run"   # the reason of such a run
-WAITS_FOR_CLAIM = "waits for its claim"         # and of such a one
+# The reasons of queued runs.
+WAITS_FOR_PREVIOUS = "waiting for the previous run"
+WAITS_FOR_CLAIM = "waiting for its claim"
 LOST = Job(0, "", "(record lost)", "@manual", None, "", "", "", "", (), {},
            Settings())
 
@@ -6527,12 +6561,12 @@ class Planner:
         if unset and now.ticks < self.clock_by:
             self.log.set_problem(
                 "clock", "the clock is not set: it shows "
-                f"{format_rfc3339(now.instant)}; jobs wait for it, for "
-                f"{format_duration(WAIT_FOR_CLOCK)} at most")
+                f"{format_rfc3339(now.instant)}; waiting up to "
+                f"{format_duration(WAIT_FOR_CLOCK)} for the clock")
             return None
         self.log.set_problem("clock", "" if not unset else
-                             "the clock was not set; jobs run by what it "
-                             "shows")
+                             "the clock was not set; running jobs by its "
+                             "present time")
         self.state = state_for_zones(now, self.registry.zones)
         starts, rows = [], []
         if seen and not unset:
@@ -7007,7 +7041,7 @@ class Scheduler:
         waiting = sum(other.scheduled.key == scheduled.key
                       for other in self.waiting)
         if policy == "skip" or waiting >= MOST_QUEUED:
-            return "skipped", "the last run was still running" if \
+            return "skipped", "the previous run was still running" if \
                 policy == "skip" else f"{waiting} runs were waiting"
         if policy == "replace":
             self.kill_others(scheduled.key)
@@ -7106,7 +7140,7 @@ class Scheduler:
             return False
         self.store.waiting.append(self.store.update(
             queued.run, state="unstartable", started=None,
-            ended=self.clock.now(), reason="it could not be recorded"))
+            ended=self.clock.now(), reason="the run could not be recorded"))
         if queued in self.waiting:
             self.waiting.remove(queued)
         queued.reject(f"the run cannot be recorded: {self.store.problem}")
@@ -7218,7 +7252,7 @@ class Scheduler:
         queued.full_since = queued.full_since or now
         if now - queued.full_since > TRY_FOR:
             self.write(self.unstartable(
-                queued, f"could not start: {error.strerror}"))
+                queued, f"failed to start: {error.strerror}"))
         else:
             queued.at = now + TRY_AGAIN
             self.waiting.append(queued)
@@ -7316,14 +7350,14 @@ class Scheduler:
                 of_run, mail, following = self.record_end(running, status)
             except OSError as error:    # too many files are open
                 self.log.set_problem(
-                    "ends", f"a run's end cannot be read: {error}")
+                    "ends", f"the end of a run cannot be read: {error}")
                 self.unrecorded_ends.append((running, status))
                 self.check_at = min(self.check_at, self.clock.ticks() + 1)
             except Exception as bug:    # of ours, with this run alone
                 self.log.set_problem("bug", f"run {running.run}: {bug!r}")
                 statements.append(self.store.update(
                     running.run, state="interrupted",
-                    reason="koid failed on its end"))
+                    reason="internal error of koid at the end of the run"))
             else:
                 self.files_to_remove.append(running.run)
                 statements += of_run
@@ -7379,9 +7413,9 @@ class Scheduler:
         elif state == "unstartable":
             reason = output_text(frames).decode("utf-8", "replace").strip()
         elif state == "interrupted":
-            reason = reason or "its supervisor was killed"
+            reason = reason or "the supervisor was killed"
         elif not has_file:
-            reason = reason or "its output could not be kept"
+            reason = reason or "the output could not be stored"
         outcome = {"state": state, "exit": exit_status, "signal": number,
                    "ended": header.ended or self.clock.now(),
                    "reason": reason, "bytes": header.total,
@@ -7527,7 +7561,7 @@ class Scheduler:
     def not_begun(self, row: dict, has_job: bool,
                   queued: QueuedRun | None) -> tuple:
         """Return the statement for a run that will never begin."""
-        state, reason = "interrupted", "koid was stopped before it began"
+        state, reason = "interrupted", "koid was stopped before the run began"
         if row["state"] == "queued" and not queued:
             state, reason = "skipped", "the job was changed" if has_job \
                 else "the job was removed"
@@ -7558,7 +7592,7 @@ class Scheduler:
                 "id": run, "job": self.store.job_key(key, LOST),
                 "trigger": "manual", "state": "running",
                 "started": header.started or None,
-                "reason": "its record was lost"})])
+                "reason": "the record of the run was lost"})])
             self.adopt_run({"run": run, "user": key[0], "identity": key[1],
                             "trigger": "manual"}, None)
 
@@ -7667,8 +7701,8 @@ class ControlService:
         Error."""
         op = request.get("op")
         if not isinstance(op, str) or op not in OPERATIONS:
-            raise Error(f"koid knows no request {short(str(op))}",
-                        "is it older than koitab? restart it")
+            raise Error(f"unknown request {short(str(op))}",
+                        "restart koid, because it may be older than koitab")
         wrong = [name for name, kind in KINDS.items() if name in request
                  and (type(request[name]) is not kind or kind is int
                       and not -LARGEST < request[name] < LARGEST)]
@@ -7682,8 +7716,8 @@ class ControlService:
         not have it, or that user no tab."""
         user = self.allowed_user(caller, request) or caller.name
         if os.geteuid() and user != self.machine.user_name(os.geteuid()):
-            raise Error("this koid runs as an ordinary user, so it runs jobs "
-                        "for no other user")
+            raise Error("this koid runs as an ordinary user, so it cannot run "
+                        "jobs of other users")
         if not user or "/" in user or not self.machine.account(user):
             raise Error(f"user `{user}' unknown")
         why = self.machine.access_error(user)
@@ -7833,10 +7867,10 @@ class ControlService:
         return f"r.job in ({', '.join(map(str, keys))})"
 
     def run_of(self, caller: Caller, request: dict, where: str,
-               missing: str) -> dict:
+               missing: str, hint: str) -> dict:
         """Return the run that a request names, or the last one of the job
         that it names for which `where` holds. Raises Error, with `missing`
-        if there is none."""
+        and `hint` if there is none."""
         user = self.allowed_user(caller, request)
         if request.get("run"):
             runs = self.store.runs("r.id = ?", request["run"])
@@ -7848,13 +7882,14 @@ class ControlService:
                 f"{self.condition_of_job(caller, request)} and {where} "
                 "order by r.id desc limit 1")
             if not runs:
-                raise Error(f"{short(request.get('job', ''))} {missing}")
+                raise Error(f"{short(request.get('job', ''))} {missing}",
+                            hint)
         return runs[0]
 
     def log(self, caller: Caller, request: dict) -> tuple[dict, bytes]:
         """Answer "log". Raises Error."""
         run = self.run_of(caller, request, "r.started is not null",
-                          "has not run yet")
+                          "has not run yet", "koitab next")
         frames = self.store.output(run["run"])
         if not frames:              # running, or not in the history yet
             try:
@@ -7867,7 +7902,7 @@ class ControlService:
     def kill(self, caller: Caller, request: dict) -> dict:
         """Answer "kill". Raises Error."""
         run = self.run_of(caller, request, "r.state in ('queued', 'running')",
-                          "is not running")
+                          "is not running", "koitab status")
         if not self.daemon.scheduler.kill(run["run"],
                                           f"killed by {caller.name}"):
             raise Error(f"run {run['run']} has ended",
@@ -8023,7 +8058,8 @@ class ControlServer:
                 return
             except OSError as error:    # too many files are open
                 self.log.set_problem("visitors",
-                                     f"nobody can call: {error.strerror}")
+                                     "koid cannot accept connections: "
+                                     f"{error.strerror}")
                 self.poller.modify(self.listener.fileno(), 0)
                 self.accept_at = self.clock.ticks() + TRY_AGAIN
                 return
@@ -8080,7 +8116,7 @@ class ControlServer:
         rest = b""
         try:
             if self.bytes_of(connection.caller, "unsent") > MOST_BYTES_OF_ONE:
-                raise Error("koid is busy", "it waits for you to read")
+                raise Error("koid is busy", "read its replies first")
             request = parse_line(line)
             if request.get("op") == "run":
                 self.start_manual(connection, request)
@@ -8235,7 +8271,7 @@ def ask_daemon(lines: LineConnection, request: dict) -> dict:
         lines.sock.settimeout(None)     # a run may be recorded late
         reply = lines.read()
     except ConnectionAbortedError:
-        raise Error("koid hung up", "its log says why") from None
+        raise Error("koid closed the connection", "see koid's log") from None
     except OSError as error:
         raise Error(f"koid does not answer: {error.strerror or error}"
                     ) from None
@@ -8296,8 +8332,8 @@ def service_account(machine: Machine, name: str, uid: int) -> Account:
         return account.replace(groups=[account.gid])
     other = machine.user_name(uid)
     if other:
-        raise OSError(errno.EPERM, f"uid {uid} belongs to {other}: make an "
-                      f"account {name}")
+        raise OSError(errno.EPERM, f"uid {uid} is already the user {other}: "
+                      f"create the account {name}")
     return Account(name, uid, uid, "/", [uid])
 
 
@@ -8447,7 +8483,7 @@ class AgentProcess:
         if now >= self.wake_at():
             if self.pid:
                 self.heard = now
-                self.kill(f"silent for {self.silence:g}s")
+                self.kill(f"gave no sign of life for {self.silence:g}s")
             else:
                 self.start()
 
@@ -8492,7 +8528,7 @@ class AgentProcess:
             # It has ended (see `ended`), or somebody took it over.
             self.poller.modify(fd, 0)
             self.kill("sent an invalid line" if alive
-                      else "closed its connection")
+                      else "closed the connection")
             return
         while line is not None:
             self.reply(line)
@@ -8754,8 +8790,8 @@ class AgentBroker:
             manifests, cut = self.share_list(koid_user)
             for user in self.cut_users | cut:
                 self.log.set_problem(
-                    f"list {user}", "" if user not in cut else "the dashboard "
-                    f"gets only the first jobs of {user}: there are too many")
+                    f"list {user}", "" if user not in cut else "too many jobs "
+                    f"of {user}: the dashboard only gets the first ones")
             self.cut_users = cut
             body = json.dumps({
                 "v": 1, "dash": self.enrollment.dash,
@@ -8877,12 +8913,12 @@ class RequestVerifier:
             return self.refuse("", str(why))
         nonce = fields["nonce"]
         if not self.scheduler.write([]):   # the nonces on the disk are not all
-            return self.refuse(nonce, "it cannot be recorded: the host's "
-                               "disk is full or fails")
+            return self.refuse(nonce, "the request cannot be recorded: the "
+                               "host's disk is full or fails")
         used = self.store.nonce_run(nonce)
         if used:        # the result was lost on its way, or this is a replay
             return {"nonce": nonce, "state": "accepted", "run": used,
-                    "reason": "it was used before, and ran once"}
+                    "reason": "the request was used before, and ran once"}
         try:
             run = self.carry_out(fields, used)
         except (RequestRejected, Error) as why:
@@ -8899,7 +8935,7 @@ class RequestVerifier:
         """Do what a request says whose MAC is right; return the number of
         the run. Raises RequestRejected, Error."""
         if used == 0:
-            raise RequestRejected("it was refused before")
+            raise RequestRejected("the request was refused before")
         why = request_mismatch(fields, {"key": key_id(self.enrollment.secret),
                                         "dash": self.enrollment.dash,
                                         "host": self.enrollment.host},
@@ -8919,14 +8955,15 @@ class RequestVerifier:
             raise RequestRejected("the job does not exist any more")
         if scheduled.job.when != "@manual":
             raise RequestRejected(
-                "only jobs that are @manual can be run from a dashboard")
+                "only @manual jobs can be run from a dashboard")
         if scheduled.settings.confirm == "cli":
-            raise RequestRejected("this job is to be run from a terminal only")
+            raise RequestRejected("this job can only be run with koitab run "
+                                  "(KOI_CONFIRM=cli)")
         if sha256_hex(job_manifest(
                 scheduled.job, scheduled.user, scheduled.file,
                 self.enrollment.secret)) != fields["job"]:
             raise RequestRejected(
-                "the job was changed since it was shown: reload it")
+                "the job has changed since it was shown: reload the page")
         return scheduled
 
     def values_of(self, scheduled: ScheduledJob, fields: dict
@@ -8938,7 +8975,7 @@ class RequestVerifier:
                   if param.type == "secret"}
         if set(secrets) != secret or set(args) & secret or set(args) | \
                 secret != {param.name for param in scheduled.job.params}:
-            raise RequestRejected("its arguments are not those of the job")
+            raise RequestRejected("the arguments do not match the job")
         values = dict(args)
         for name, text in secrets.items():
             try:
@@ -8947,7 +8984,7 @@ class RequestVerifier:
                     bytes.fromhex(text)).decode()
             except ValueError:      # not in hex, or not UTF-8
                 raise RequestRejected(
-                    "a secret in it cannot be read") from None
+                    "a secret cannot be decrypted") from None
         return validate_arguments(scheduled.job, values)
 
     def begin_run(self, fields: dict) -> int:
@@ -8974,10 +9011,10 @@ class RequestVerifier:
         if epoch != fields["epoch"] or not active:
             raise RequestRejected(f"run {run} is not running")
         if active.key[0] != fields["user"]:
-            raise RequestRejected("it is for another user")
+            raise RequestRejected("the run belongs to another user")
         if not self.scheduler.write(self.store.record_nonce(
                 fields["nonce"], self.clock.now(), run)):
-            raise RequestRejected("it cannot be recorded")
+            raise RequestRejected("the request cannot be recorded")
         self.scheduler.kill(run, "killed from the dashboard")
         return run
 
@@ -9050,8 +9087,8 @@ def make_directory_of(uid: int, directory: str) -> None:
         pass
     status = os.lstat(directory)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid:
-        raise OSError(errno.EPERM, f"{directory} does not belong to uid {uid}"
-                      ": another dashboard may use it")
+        raise OSError(errno.EPERM, f"{directory} is not owned by uid {uid}: "
+                      "another dashboard may use it")
 
 
 class EmbeddedDashboard(AgentProcess):
@@ -9270,7 +9307,7 @@ CLAIMS_AT_ONCE = 500        # in one reply
 CLAIM_ENDS = {              # how etcd decided -> state and reason of the run
     "elsewhere": ("elsewhere", "{}"),
     "won": ("missed", "it was claimed too late"),
-    "before": ("interrupted", "koid was stopped before it began"),
+    "before": ("interrupted", "koid was stopped before the run began"),
     "later": ("missed", "{} has made a later start"),
     "nobody": ("missed", "no host of the group made it in time")}
 
@@ -9295,9 +9332,9 @@ class EtcdSettings(FrozenRecord):
                 raise Error(f"--etcd {url}: invalid URL: expected "
                             "https://HOST:2379", "", EXIT_USAGE)
             if url.startswith("http:") and not self.insecure:
-                raise Error(f"--etcd {url}: anybody on the way can read and "
-                            "change plain http", "--etcd-insecure, for tests",
-                            EXIT_USAGE)
+                raise Error(f"--etcd {url}: anyone on the network can read "
+                            "and change plain http",
+                            "--etcd-insecure, for tests", EXIT_USAGE)
         for one, other in (("cert", "key"), ("user", "password")):
             if bool(getattr(self, one)) != bool(getattr(self, other)):
                 raise Error(f"--etcd-{one} needs the option for its {other}, "
@@ -9587,8 +9624,8 @@ class Daemon:
                     self.run_once()
                     if self.store.broken:
                         raise Error(self.store.problem or "the history "
-                                    "cannot be written", "koid ends, and "
-                                    "judges it when it is started again")
+                                    "cannot be written", "restart koid, which "
+                                    "then checks the history")
                 except Error:
                     raise
                 except Exception as bug:    # ours; the other jobs go on
@@ -9602,7 +9639,7 @@ class Daemon:
         self.machine.make_home(self.home)
         self.lock = try_lock(f"{self.home}/lock")
         if self.lock is None:
-            raise Error(f"koid already runs ({self.home})",
+            raise Error(f"koid is already running ({self.home})",
                         "koitab status")
         self.cron_pid = self.machine.hold_cron_pid() if self.registry.system \
             else -1
@@ -9669,8 +9706,8 @@ class Daemon:
             except Exception as error:
                 self.registry.scheduled_jobs.remove(scheduled)
                 self.registry.problems.append(
-                    f"{scheduled.file}:{scheduled.line}: not "
-                    f"used: koid fails on it: {error}")
+                    f"{scheduled.file}:{scheduled.line}: skipped, because of "
+                    f"an internal error: {error}")
         # A reload that failed is made up for.
         self.reload_at = min(self.reload_at, self.clock.ticks() + MINUTE)
         time.sleep(TRY_AGAIN)
@@ -9865,7 +9902,7 @@ def run_daemon(machine: Machine, system: bool,
                etcd: EtcdSettings | None = None) -> int:
     """Be koid, until a signal says stop. Raises Error."""
     if system and os.geteuid():
-        raise Error("only root can serve the tabs of the system", "sudo koid "
+        raise Error("only root can use --system", "sudo koid "
                     "--system")
     set_process_name("koid", *(word for word in sys.argv[1:]
                                if word.startswith("--")))
@@ -10214,8 +10251,9 @@ class SecretHttpClient(HttpClient):
                         "socket, and by plain http any user of this machine "
                         "could take the keys", "koitab dashboard; or "
                         "--plain-http if you trust all its users")
-        raise Error("without TLS anybody on the way can read the output and "
-                    "the keys of this dashboard", "https://, or --plain-http "
+        raise Error("without TLS, anyone on the network can read the output "
+                    "and the keys of this dashboard",
+                    "https://, or --plain-http "
                     "if you trust the network")
 
 
@@ -10238,8 +10276,8 @@ class DashboardClient:
         try:
             self.client = SecretHttpClient(url, ca, directories, plain_http)
         except (OSError, ValueError) as error:
-            raise Error(f"the certificates to trust: {error}",
-                        "a file of PEM certificates") from None
+            raise Error(f"invalid file of --ca: {error}",
+                        "--ca FILE, with certificates in PEM") from None
         self.port = self.client.server.port or (
             443 if self.scheme == "https" else 80)
         self.prefix = self.client.server.path.rstrip("/")
@@ -10275,11 +10313,11 @@ class DashboardClient:
         if response.status >= 300:
             fields = answer or {}
             message = fields.get("error") or \
-                f"it answers with status {response.status}"
+                f"HTTP status {response.status}"
             raise HttpRefused(response.status, str(message)[:300],
                               str(fields.get("hint") or "")[:300])
         if answer is None:
-            raise ConnectionFailed("its answer is not that of a dashboard")
+            raise ConnectionFailed("not a koi dashboard")
         return answer
 
     def fetch(self, method: str, path: str, body: dict | None = None,
@@ -10296,7 +10334,7 @@ class DashboardClient:
         response = self.client.request(method, self.prefix + path, data,
                                        headers, seconds, LONGEST_ANSWER + 1)
         if len(response.body) > LONGEST_ANSWER:
-            raise ConnectionFailed("its answer is too long")
+            raise ConnectionFailed("answer too long")
         return response
 
 
@@ -10395,7 +10433,7 @@ class SyncAgent:
                 if refused.status in (401, 403, 409):
                     pause = PAUSE_REFUSED
             except Exception as bug:        # a bug, or an unforeseen answer
-                problem = f"its answer makes no sense: {bug!r}"
+                problem = f"invalid answer: {bug!r}"
             wait = pause * random.uniform(0.7, 1.3) if problem else 0.0
             self.koid.ask(op="state", about=step.__name__,
                           problem=problem[:500], retry=wait)
@@ -10426,10 +10464,10 @@ class SyncAgent:
 
     def refusal_words(self, refused: HttpRefused) -> str:
         """Return why the dashboard refuses, for `koitab status`."""
-        words = {401: "it does not know this host", 403: "it refuses this "
-                 "host", 404: "not a koi dashboard", 409:
-                 "another koid uses this host's identity (was the machine "
-                 "cloned? koitab -d off; koitab -d join)"
+        words = {401: "this host is not a member", 403: "this host was "
+                 "refused", 404: "not a koi dashboard", 409:
+                 "duplicate host ID (cloned machine? koitab -d leave; koitab "
+                 "-d join URL)"
                  }.get(refused.status, "")
         return f"{words}: {refused.text}" if words else refused.text
 
@@ -10464,7 +10502,7 @@ class SyncAgent:
                 or not isinstance(requests, list) \
                 or not isinstance(followed, dict) \
                 or len(requests) > MOST_REQUESTS:
-            raise ConnectionFailed("its answer is not that of a dashboard")
+            raise ConnectionFailed("not a koi dashboard")
         with self.state:
             if polled and self.acked is not None:
                 if acked < self.acked:
@@ -10590,14 +10628,16 @@ class SyncAgent:
         self.apply_answer(answer)
         records = payload.get("records")
         if records and answer["acked"] < records[-1]["change"]:
-            raise ConnectionFailed("it does not keep what it is sent")
+            raise ConnectionFailed("the dashboard does not store the records "
+                                   "that it receives")
         with self.state:
             self.news = self.news or batch["more"]
             again = bool(sent_output) and answer["missing_output"][
                 :len(sent_output)] == sent_output
             complete = self.acked if not self.missing_output else None
         if again:
-            raise ConnectionFailed("it asks for output that it was sent")
+            raise ConnectionFailed("the dashboard requests output that it "
+                                   "already has")
         if complete is not None:
             self.koid.ask(op="state", sent=complete)
 
@@ -10618,8 +10658,8 @@ class SyncAgent:
             if self.tries < TRIES_OF_ONE:
                 return
             self.tries, self.skipped = 0, records[0]["change"]
-        self.koid.ask(op="state", about="skipped", problem="it does not take "
-                      f"run {records[0]['run']}, which is left out")
+        self.koid.ask(op="state", about="skipped", problem="the dashboard "
+                      f"refused run {records[0]['run']}, which is skipped")
 
 
 def nonce_in(body: str | None) -> str:
@@ -11061,7 +11101,7 @@ class RequestFields:
             return default
         if not isinstance(value, kinds) or (
                 isinstance(value, bool) and kinds is not bool):
-            raise self.wrong(name, "is of the wrong kind")
+            raise self.wrong(name, "has the wrong type")
         return value
 
     def text(self, name: str, most: int = 1000, default=MISSING):
@@ -11575,8 +11615,8 @@ create table tokens (
         if not name.strip():
             raise request.wrong("name", "is empty")
         if db.value("select 1 from tokens where name = ?", name):
-            raise Error(f"there is a token {short(name)} already",
-                        "another name, or revoke that one", 409)
+            raise Error(f"a token named {short(name)} already exists",
+                        "choose another name, or revoke that token", 409)
         token = request.hex("sha256", 64)
         self.refuse_used(db, token)
         db.insert("tokens", name=name, sha256=token, created=now,
@@ -11894,7 +11934,7 @@ create index notifications_of_run on notifications (run)
         in the past ends the snooze. Raises Error (409) if it is well."""
         kinds = self.kinds_of(db, subject)
         if until == UNTIL_WELL and not kinds:
-            raise Error("no alert of this is active", "", 409)
+            raise Error("no active alert", "", 409)
         db.delete("snoozes", subject=subject)
         if until > now:
             db.insert("snoozes", subject=subject, until=until)
@@ -11953,8 +11993,8 @@ create index notifications_of_run on notifications (run)
             key = f"test-{os.urandom(8).hex()}-{channel}"
             self.add_notification(
                 db, channel, key,
-                Alert("", "test", now, "koi: a test", "If you can read this, "
-                      "koi can tell you what happens."), [], now)
+                Alert("", "test", now, "koi: a test", "This is a test. Alerts "
+                      "of this dashboard arrive here."), [], now)
             self.changes.after_commit(lambda: self.tests.update({key: None}))
             return {"id": channel, "key": key}
         self.audit.record(db, now, "channel", state=action)
@@ -12175,7 +12215,7 @@ def read_channel(request: RequestFields) -> dict:
     found = {}
     sender = options.text("from", 320, "")
     if sender and not is_mail_address(sender):
-        raise options.wrong("from", "is not a mail address")
+        raise options.wrong("from", "is not an email address")
     if sender:
         found["from"] = sender
     if kind == "smtp":
@@ -12237,7 +12277,7 @@ def read_mail_server(options: RequestFields) -> dict:
     if not re.fullmatch("[A-Za-z0-9.:_-]+", found["host"]):
         raise options.wrong("host", "is not a host name")
     if bool(found["user"]) != bool(found["password"]):
-        raise options.wrong("user", "and password need each other")
+        raise options.wrong("user", "and password go together")
     if found["user"] and security == "none" \
             and found["host"] not in ("localhost", "127.0.0.1", "::1"):
         raise options.wrong("security", "none would send the password "
@@ -12272,7 +12312,7 @@ def check_template(options: RequestFields, body: str) -> None:
                     f"did you mean {nearest(name, names) or 'text'}?", 400
                     ) from None
     except (ValueError, RecursionError):
-        raise Error("options: body is not JSON", 'placeholders stand within '
+        raise Error("options: body is not JSON", 'put placeholders inside '
                     'strings: {"text": "{{text}}"}', 400) from None
 
 
@@ -12736,7 +12776,7 @@ create index flips_of_check on flips ("check", at);
         old, check["status"] = check["status"], "down"
         db.update("checks", {"status": "down", "alert_after": None}, id=key)
         self.record_flip(db, check, old, when,
-                         "has started, and did not end in time"
+                         "has started and did not end in time"
                          if check["last_start"] is not None
                          else "has sent no ping")
 
@@ -12972,8 +13012,8 @@ create index flips_of_check on flips ("check", at);
         if not row:
             raise not_found("ping")
         if len(row["body"]) < row["size"]:
-            raise Error("this body was removed: later ones fill the share of "
-                        "the check", "", 404)
+            raise Error("this body was removed, because newer ones use up the "
+                        "quota of the check", "", 404)
         return row["body"]
 
 
@@ -13161,7 +13201,7 @@ create index jobs_deleted on jobs (deleted) where deleted;
         if status.left_out:
             problems.append(
                 f"{plural(status.left_out, 'job')} not shown: this dashboard "
-                f"takes {self.most_jobs:,} of a host (koitab dashboard "
+                f"accepts {self.most_jobs:,} of a host (koitab dashboard "
                 "--jobs N)")
         return {"id": row["host"], "name": row["name"], "seen": status.seen,
                 "state": host_state(row["token"], status, now),
@@ -13890,10 +13930,9 @@ class AlertRules:
         db.update("hosts", {"down": 1, "seen": status.seen},
                   id=status.number)
         self.alerts.raise_alert(db, Alert(
-            f"host:{host}", "silent", status.seen, f"{row['name']} is silent",
-            f"{row['name']} was last heard of at "
-            f"{format_rfc3339(status.seen)}; what its jobs do is unknown "
-            "until it is back"))
+            f"host:{host}", "silent", status.seen, f"{row['name']} is down",
+            f"{row['name']} was last seen at {format_rfc3339(status.seen)}. "
+            "The state of its jobs is unknown until it is back."))
         self.changes.after_commit(lambda: setattr(status, "is_down", True))
         self.changes.mark_changed("hosts", host)
         self.changes.mark_changed("jobs", *db.column(
@@ -13944,8 +13983,8 @@ class AlertRules:
         self.alerts.raise_alert(db, Alert(
             *CERTIFICATE, now, "the dashboard's certificate expires soon",
             f"the dashboard's certificate{f' that {name} gets' * bool(name)} "
-            f"expires at {format_rfc3339(expires)}; then hosts and browsers "
-            "are cut off"))
+            f"expires at {format_rfc3339(expires)}. After that, hosts and "
+            "browsers cannot connect."))
 
     def expiring(self, db: Database, found: dict, by: float
                  ) -> tuple[dict, str]:
@@ -14053,7 +14092,7 @@ class AlertRules:
                 f"job:{job['id']}", "missed", record["at"],
                 f"{name} was missed",
                 f"{plural(record['count'], 'start')} missed: "
-                f"{record['reason'] or 'koid was not there'}"),
+                f"{record['reason'] or 'koid was not running'}"),
                 run=record["id"])
 
     def end_alerts(self, db: Database, job: int, *kinds: str) -> None:
@@ -14091,7 +14130,7 @@ class AlertRules:
             name = self.hosts.job_name(db, job)
             self.alerts.raise_alert(db, Alert(
                 f"job:{job}", "fast", record["at"],
-                f"{name} was suspiciously fast", f"{name} finished in "
+                f"{name} was unusually fast", f"{name} finished in "
                 f"{format_duration(took)}; it usually takes at least "
                 f"{format_duration(limit * 5)}"), run=record["id"])
 
@@ -14115,7 +14154,8 @@ class AlertRules:
             return self.timers.schedule("slow", run, at)
         name = self.hosts.job_name(db, job)
         self.alerts.raise_alert(db, Alert(
-            f"job:{job}", "slow", row["started"], f"{name} takes long",
+            f"job:{job}", "slow", row["started"], f"{name} is running "
+            "unusually long",
             f"{name} has been running for "
             f"{format_duration(int(now - row['started']))}, more than three "
             "times as long as usual"), run=run)
@@ -14177,7 +14217,7 @@ create index requests_by_time on requests (at);
         known = db.row("select body, mac from requests where nonce = ?",
                        nonce)
         if known and known != {"body": body, "mac": mac}:
-            raise Error("there was another request of this nonce", "", 409)
+            raise Error("duplicate nonce: another request had it", "", 409)
         if not known:
             if db.value("select count(*) from requests where host = ? and "
                         "state = 'waiting'", status.number
@@ -14207,8 +14247,8 @@ create index requests_by_time on requests (at);
             raise Error("the request is signed for another host", "", 400)
         expires = signed.whole("exp") / 1000
         if not now < expires < now + LONGEST_LIFE / 1000 + 60:
-            raise Error("the request has expired, or would live too long",
-                        "is the clock of this machine right?", 400)
+            raise Error("request expired, or valid for more than 10 minutes",
+                        "check the clock of this machine", 400)
         return signed
 
     def record_audit(self, db: Database, status: HostStatus,
@@ -14378,8 +14418,9 @@ create table epochs (host integer not null, epoch integer not null,
         if not status or request.hex("host", 32) != host:
             raise Error("this is the token of another host", "", 403)
         if request.whole("v") != SYNC_VERSION:
-            raise Error("the host speaks another version", "bring koi up to "
-                        "date there or here", 400)
+            raise Error("the host uses another version of the protocol",
+                        "update koi on the "
+                        "host, or on the dashboard", 400)
         epoch = request.whole("epoch")
         row = self.hosts.row(db, status)
         self.update_host(db, status, row, request, now)
@@ -14462,9 +14503,8 @@ create table epochs (host integer not null, epoch integer not null,
         if status.seen is not None and now - status.seen < HOST_DOWN_AFTER:
             status.duplicate_at = now
             self.changes.mark_changed("hosts", status.host)
-            raise Error("another koid uses this host's identity",
-                        "if this machine is a copy of another: koitab -d "
-                        "off, and join again", 409)
+            raise Error("duplicate host ID: another koid uses it",
+                        "koitab -d leave; koitab -d join URL", 409)
 
     def store_next(self, db: Database, status: HostStatus, given: dict,
                    now: float) -> None:
@@ -14474,7 +14514,7 @@ create table epochs (host integer not null, epoch integer not null,
         for whose in given:
             user, _, tag = whose.partition("\n")
             if not is_text(whose) or "\0" in whose:
-                raise Error("the request: next names no job", "", 400)
+                raise Error("the request: invalid job in next", "", 400)
             job = db.row("select id, next from jobs where host = ? and user = "
                          "? and tag = ? and not removed", status.number, user,
                          tag)
@@ -14617,7 +14657,7 @@ class Search:
         import sqlite3
         text = text.strip()[:200]
         if len(text) < 2 or not is_text(text) or "\0" in text:
-            raise Error("two letters at least are needed", "", 400)
+            raise Error("search text needs at least 2 characters", "", 400)
         if job is not None:
             self.runs.hosts.job(db, job)
         until, matches, more = time.monotonic() + SEARCH_TIME, [], False
@@ -14727,8 +14767,8 @@ class Retention:
         else:
             job = self.hosts.job(db, request.whole("job"))
             if not job["removed"]:
-                raise Error("the job is in a tab, and would come back",
-                            "take it out of its tab first", 409)
+                raise Error("the job is still in a tab, so it would come back",
+                            "remove it from its tab first", 409)
             self.audit.record(db, now, "forget", job=job["id"],
                               host=self.hosts.ids.get(job["host"], ""),
                               label=job["label"][:1000])
@@ -14861,26 +14901,26 @@ BADGES = {"ok": "#2a8a3e", "up": "#2a8a3e", "running": "#2a8a3e",
           "missed": "#b87800", "failed": "#c32b2b", "down": "#c32b2b"}
 METRICS = {     # name -> help
     "koi_build_info": "1; the label has the version of koi.",
-    "koi_host_up": "1 if the host was heard of lately, else 0.",
-    "koi_host_seen_timestamp_seconds": "When the host was last heard of.",
+    "koi_host_up": "1 if the host was seen lately, else 0.",
+    "koi_host_seen_timestamp_seconds": "Time when the host was last seen.",
     "koi_job_ok": "0 if the job failed, is late or was missed, else 1.",
-    "koi_job_running": "How many runs of the job are active.",
-    "koi_job_failures": "How many runs of the job failed in a row.",
-    "koi_job_last_end_timestamp_seconds": "When the job's last run ended.",
+    "koi_job_running": "Active runs of the job.",
+    "koi_job_failures": "Runs of the job that failed in a row.",
+    "koi_job_last_end_timestamp_seconds": "End of the job's last run.",
     "koi_job_last_success_timestamp_seconds":
-        "When the job last ended with status 0.",
-    "koi_job_last_duration_seconds": "How long the job's last run took.",
+        "End of the job's last run with status 0.",
+    "koi_job_last_duration_seconds": "Duration of the job's last run.",
     "koi_job_last_exit_status":
         "Exit status of the job's last run; 128+N after signal N.",
-    "koi_job_next_start_timestamp_seconds": "When the job starts next.",
+    "koi_job_next_start_timestamp_seconds": "Next start of the job.",
     "koi_check_up": "0 if the check is down, else 1.",
     "koi_check_paused": "1 if the check is paused, else 0.",
-    "koi_check_last_ping_timestamp_seconds": "When the check was pinged last.",
-    "koi_alerts": "How many alerts of a kind are active.",
+    "koi_check_last_ping_timestamp_seconds": "Last ping of the check.",
+    "koi_alerts": "Active alerts of a kind.",
     "koi_http_connections": "Open connections to the dashboard.",
-    "koi_http_long_polls": "Requests that wait for news.",
+    "koi_http_long_polls": "Open requests that wait for changes.",
     "koi_certificate_expiry_timestamp_seconds":
-        "When the dashboard's certificate expires."}
+        "End of the dashboard's certificate."}
 WORST_FIRST = ("down", "failed", "missed", "late", "grace", "unknown",
                "running", "ok", "up", "skipped", "paused", "new")
 
@@ -15234,7 +15274,7 @@ alter table notifications add column left_out integer not null default 0;
 create index notifications_of_source on notifications (channel, source);
 """}
 DASHBOARD_FORM = DatabaseForm(
-    "a dashboard of koi's", 0x6B6F6932, 8,
+    "a koi dashboard", 0x6B6F6932, 8,
     checked=("meta", "dashboard", "tokens", "hosts", "epochs", "jobs",
              "requests", "checks", "alerts", "snoozes", "channels",
              "notifications"),
@@ -15251,7 +15291,8 @@ class DiskFull(Error):
 
     def __init__(self):
         super().__init__("the dashboard's disk is full: nothing was stored",
-                         "make room there; the dashboard recovers by itself",
+                         "free some space; the dashboard then recovers by "
+                         "itself",
                          507)
 
 
@@ -15367,8 +15408,8 @@ class Dashboard:
             if not os.path.exists(self.path) and os.path.exists(
                     self.path + ending):
                 raise Error(
-                    f"{self.path} is gone, but {self.path}{ending} is there",
-                    "restore a backup; to start afresh, remove "
+                    f"{self.path} is missing, but {self.path}{ending} exists",
+                    "restore a backup; or, for an empty one, remove "
                     f"{self.path}{ending} too")
 
     def write_something(self) -> None:
@@ -15425,7 +15466,7 @@ class Dashboard:
         return Error(f"{self.path} cannot be used: {why}",
                      "if it is damaged, put the last backup in its place and "
                      "remove its -wal and -shm; hosts send again what the "
-                     "backup lacks, as far as they remember it", 500)
+                     "backup lacks, as far as they still have it", 500)
 
     def close(self) -> None:
         """Close the database, and let another process open it."""
@@ -15457,7 +15498,7 @@ class Dashboard:
             return question(self.reader(), *values)
         except sqlite3.DatabaseError as error:
             if "interrupted" in str(error):
-                raise Error("that takes too long to find", "", 503) from None
+                raise Error("the search took too long", "", 503) from None
             self.problems["reading"] = f"{self.path}: {error}"
             raise self.unusable(error) from None
 
@@ -15496,8 +15537,8 @@ class Dashboard:
                 self.queue.append((operation, values, then))
                 self.wakes.notify()
         if refused and then:
-            then(None, Error(self.broken or "the dashboard has too much to "
-                             "write", "try again later", 503))
+            then(None, Error(self.broken or "the dashboard is overloaded",
+                             "try again later", 503))
 
     def do(self, operation, *values):
         """Have an operation carried out, wait for it, and return its result.
@@ -15619,7 +15660,8 @@ class Dashboard:
         chore.at = ticks if more else ticks + rest
         self.problems.pop(f"chore {chore.name}", None)
         if error and not isinstance(error, DiskFull):
-            self.problems[f"chore {chore.name}"] = f"tidying up fails: {error}"
+            self.problems[f"chore {chore.name}"] = "cleaning up failed: " \
+                f"{error}"
         return bool(more)
 
     def commit_batch(self, batch: list, even_if_full: bool = False) -> None:
@@ -15674,8 +15716,8 @@ class Dashboard:
         if kind == "busy":
             return Error("the database is in use", "try again later", 503)
         self.give_up(f"{self.path}: {error}")
-        return Error(self.broken, "the dashboard ends, and looks at its "
-                     "database when it starts", 503)
+        return Error(self.broken, "the dashboard stops and checks its "
+                     "database at the next start", 503)
 
     def report(self, batch: list, results: list) -> None:
         """Call `then` of each operation of a batch."""
@@ -15737,7 +15779,7 @@ class Dashboard:
             return
         self.full = True
         self.problems["full"] = "the dashboard's disk is full: nothing new " \
-            "is kept, and old things are removed where that is allowed"
+            "is stored, and expired data is removed"
         remove(self.path + ".ballast")
         for chore in self.chores:
             chore.at = 0.0
@@ -16130,8 +16172,8 @@ def post(target: str, body: bytes, headers: dict) -> str:
         "User-Agent": f"koi/{VERSION}", **headers}, SEND_SECONDS,
         MOST_ANSWER).status
     if 300 <= status < 400:
-        return f"it answered {status}: redirects are not followed"
-    return "" if 200 <= status < 300 else f"it answered {status}"
+        return f"HTTP status {status}: redirects are not followed"
+    return "" if 200 <= status < 300 else f"HTTP status {status}"
 
 
 # ==========================================================================
@@ -16224,13 +16266,13 @@ def partial_head_error(data: bytes) -> str:
     ends lines in another way than HTTP, gets an answer without a timeout.
     """
     if not 65 <= data[0] <= 90:     # a method begins with A to Z
-        return "this port speaks plain http" if data[0] == 22 else \
+        return "this port serves plain http, not https" if data[0] == 22 else \
             "not an HTTP request"
     ends = data.count(b"\r\n")
     if data.count(b"\n") != ends \
             or data.count(b"\r") - ends != data.endswith(b"\r"):
         return "a line ends with half of CR LF"
-    return "there is a NUL in it" if b"\0" in data else ""
+    return "contains a NUL byte" if b"\0" in data else ""
 
 
 def check_head_size(data: bytes, end: int) -> None:
@@ -16282,7 +16324,7 @@ def target_error(target: str) -> str:
         return "the target is not ASCII without blanks"
     if "//" in path or "/." in path or any(
             character in path for character in "%\\;") or "#" in target:
-        return "the path is not plain"
+        return "the path contains // or /. or an escape"
     return ""
 
 
@@ -16314,7 +16356,7 @@ def body_length(method: str, headers: dict) -> int:
     if "transfer-encoding" in headers and (
             headers["transfer-encoding"].lower() != "chunked"
             or "content-length" in headers or method != "POST"):
-        raise Error("a body has to come with its length",
+        raise Error("missing length of the body",
                     "Content-Length, no Transfer-Encoding", 501)
     text = headers.get("content-length", "0")
     if not text.isascii() or not text.isdigit():
@@ -16773,7 +16815,7 @@ class HttpConnection:
             if left <= 0 or not await self.receive(left):
                 if self.reader.at_eof():
                     raise ConnectionClosed
-                raise Error("the request came too slowly", "", 408)
+                raise Error("the request took too long to arrive", "", 408)
 
     async def read_head(self) -> Request:
         """Return the next request; its body is not read yet. Raises Error,
@@ -16913,7 +16955,7 @@ class RefusalLog:
             left_out, self.count = self.count - LINES_IN_TIME, 0
             self.until = now + LINES_TIME
             if left_out > 0:
-                self.log(f"{plural(left_out, 'line')} more about refusals")
+                self.log(f"{plural(left_out, 'line')} about refusals left out")
 
     def report_bug(self, error: BaseException) -> None:
         """Log an exception that nobody expected, in a line, with its place."""
@@ -17200,10 +17242,10 @@ class HttpServer:
             return
         try:
             self.certificate.load()
-            self.log("the certificate was read again")
+            self.log("the certificate was reloaded")
             self.api.report_certificate(self.certificate)
         except Error as error:
-            self.log(f"the certificate stays as it was: {error.message}")
+            self.log(f"the certificate was not reloaded: {error.message}")
 
     def on_exception(self, _loop, context: dict) -> None:
         """asyncio reports an exception. A lost connection is no news."""
@@ -17440,7 +17482,7 @@ class AccessRules:
     def check_host(self, host: str) -> None:
         """Refuse a host name that is not ours. Raises Error."""
         if not is_allowed_host(host, self.names, self.literals):
-            raise Error("this dashboard does not know itself by that name",
+            raise Error("host name not allowed",
                         "koitab dashboard --name HOST", 421)
 
     def check_origin(self, context: RequestContext, route: Route) -> None:
@@ -17461,29 +17503,30 @@ class AccessRules:
                             ("Vary", "Origin"))
         elif origin is not None and origin.partition("://")[2].lower() \
                 != headers.get("host", "").lower():
-            raise Error("this comes from a page of somebody else", "a proxy "
-                        "in front of the dashboard has to pass on the Host",
+            raise Error("cross-origin request refused", "a proxy "
+                        "in front of the dashboard must pass on the Host "
+                        "header",
                         403)
 
     def check_body(self, request: Request, route: Route) -> None:
         """Refuse a body before it is read. Raises Error."""
         headers = request.headers
         if request.chunked and route.role != "anyone":
-            raise Error("only a ping's body may come in chunks",
+            raise Error("only the body of a ping may be chunked",
                         "Content-Length", 501)
         if request.length > route.body:
             raise Error(f"the body is longer than {route.body:,} bytes", "",
                         413)
         if headers.get("content-encoding", "identity") != "identity":
-            raise Error("the body has to come as it is",
+            raise Error("unsupported Content-Encoding",
                         "no Content-Encoding", 415)
         if headers.get("expect", "100-continue").lower() != "100-continue":
-            raise Error("this expects too much", "", 417)
+            raise Error("unsupported Expect header", "", 417)
         # Healthchecks takes any type. A page of others cannot send it with a
         # key, as the header needs the permission that `check_origin` refuses.
         if request.method == "POST" and route.path.startswith("/api/v1/") \
                 and request.content_type != JSON:
-            raise Error("the body has to be JSON", f"Content-Type: {JSON}",
+            raise Error("expected a JSON body", f"Content-Type: {JSON}",
                         415)
 
     def count(self, context: RequestContext) -> None:
@@ -17512,17 +17555,20 @@ class AccessRules:
         is the event loop's time. Raises Error."""
         token = context.request.token
         if token is None:
-            raise Error("this needs a key", "Authorization: Bearer KEY", 401)
+            raise Error("missing key", "Authorization: Bearer KEY", 401)
         principal = self.principal_of(token)
         if not principal:
-            self.refuse_key(context, now, Error("this key is not known here",
+            self.refuse_key(context, now, Error("unknown key (wrong "
+                                                "passphrase, or revoked "
+                                                "token)",
                                                 "", 401))
         context.principal = principal
         if context.counted:
             self.clients.mark_proven(context.network)
         context.connection.mark_proven()
         if principal.role not in TOKEN_ROLES[context.route.role]:
-            raise Error(f"this is not for a {principal.role}", "", 403)
+            raise Error(f"permission denied for the role {principal.role}",
+                        "", 403)
 
 
 # --- who waits for news ---------------------------------------------------
@@ -17719,7 +17765,7 @@ class Api:
         self.rules.check_host(request.headers.get("host", ""))
         routes, context.values = find_routes(path_of(request))
         if not routes:
-            raise Error("there is nothing here", "", 404)
+            raise Error("not found", "", 404)
         self.rules.check_origin(context, next(iter(routes.values())))
         if request.method == "OPTIONS":
             return Response(204, headers=(
@@ -17730,7 +17776,7 @@ class Api:
         context.route = routes.get(
             "GET" if request.method == "HEAD" else request.method)
         if not context.route:
-            raise Error(f"this is not for {request.method}",
+            raise Error(f"method {request.method} not allowed",
                         ", ".join(routes), 405)
         self.rules.check_body(request, context.route)
         self.rules.count(context)
@@ -17783,14 +17829,14 @@ class Api:
         """Return what a function returns in a reader's thread. Raises what
         it raises, and Error (503) if too many questions wait."""
         if self.reads >= MOST_READS:
-            raise Error("too many questions at once", "try again", 503)
+            raise Error("too many requests at once", "try again", 503)
         self.reads += 1
         try:
             try:
                 future = self.loop.run_in_executor(self.readers, function,
                                                    *values)
             except RuntimeError:
-                raise Error("this host lets us start no thread", "", 503
+                raise Error("this host cannot start another thread", "", 503
                             ) from None
             return await future
         finally:
@@ -17945,7 +17991,7 @@ async def show_badge(api: Api, context: RequestContext) -> Response:
     key, name = context.values
     name, _, kind = name.rpartition(".")
     if kind not in ("svg", "json"):
-        raise Error("there is nothing here", "NAME.svg, NAME.json", 404)
+        raise Error("not found", "NAME.svg, NAME.json", 404)
 
     def encode(badge: dict) -> Response:
         headers = (("Cache-Control", "no-cache"),
@@ -18159,7 +18205,7 @@ async def search_outputs(api: Api, context: RequestContext) -> Response:
     query = context.query
     text = query.get("q", "")
     if not text or len(text) > LONGEST_SEARCH or "\0" in text:
-        raise Error("there is nothing to search for", "?q=TEXT", 400)
+        raise Error("missing or invalid search text", "?q=TEXT", 400)
     return await api.answer(api.dashboard.search.find, text,
                             query.get("job"), query.get("before"))
 
@@ -18168,7 +18214,7 @@ async def show_day(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/day?from=T&to=T: what ran when, on all hosts."""
     begin, end = context.query.get("from"), context.query.get("to")
     if begin is None or end is None or not begin < end:
-        raise Error("which day?", "?from=T&to=T", 400)
+        raise Error("missing or invalid day", "?from=T&to=T", 400)
     return await api.answer(api.dashboard.overview.day, begin, end)
 
 
@@ -18241,7 +18287,7 @@ async def remove_host(api: Api, context: RequestContext) -> Response:
     """DELETE /api/v1/hosts/HOST: by an operator or the host itself."""
     principal, host = context.principal, context.values[0]
     if principal.role == "host" and principal.host != host:
-        raise Error("this is another host", "", 403)
+        raise Error("permission denied: the token is of another host", "", 403)
     result = await api.write(api.dashboard.hosts.leave, host,
                              api.clock.now())
     api.end_polls(api.polls, ("host", host),
@@ -19351,7 +19397,7 @@ const BAD = new Set(["failed", "down", "duplicate", "missed", "late",
 
 const OUTCOMES = {  // outcome code of a run -> its word
   o: "ok", f: "failed", k: "killed", m: "missed", s: "skipped",
-  i: "interrupted", u: "could not start", r: "running", q: "queued",
+  i: "interrupted", u: "failed to start", r: "running", q: "queued",
   e: "ran on another host",
 };
 
@@ -19361,12 +19407,12 @@ const TRIGGERS = {
 };
 
 const WORDS = {
-  viewer: "A viewer's token can read, and nothing else.",
-  otherKeys: "This host has other keys: type koitab -d join there.",
-  noList: "This host has not shown its signed list of jobs yet.",
-  plainHttp: "This page came over plain http: anyone on the way can change " +
-    "it and take the password. Use TLS, an ssh tunnel, or the page that " +
-    "\u201ckoitab page\u201d writes to a file.",
+  viewer: "This token is read-only: it cannot run or change anything.",
+  otherKeys: "This host has old keys: type koitab -d join there.",
+  noList: "This host has not sent its signed list of jobs yet.",
+  plainHttp: "This page came over plain http: anyone on the network can " +
+    "change it and take the passphrase. Use TLS, an ssh tunnel, or the page " +
+    "that \u201ckoitab page\u201d writes to a file.",
 };
 
 // --- elements, made from text only -----------------------------------------
@@ -19452,7 +19498,7 @@ function copyButton(text, label = "Copy") {
 async function copyText(text) {
   const write = navigator.clipboard?.writeText(text).then(() => true);
   const done = await write?.catch(() => false) || copySelected(text);
-  showToast(done ? "Copied" : "The browser let nothing be copied");
+  showToast(done ? "Copied" : "The browser refused to copy");
 }
 
 // Without TLS there is no navigator.clipboard: copy a selected field.
@@ -19954,8 +20000,8 @@ const LEAST_ROUNDS = 600000, MOST_ROUNDS = 10000000;
 async function derive(password, salt, rounds, progress) {
   if (!isHex(salt, 32) || !Number.isInteger(rounds)
       || rounds < LEAST_ROUNDS || rounds > MOST_ROUNDS) {
-    throw new ApiError(0, "This dashboard asks for keys that would be weak.",
-      "It is not one of ours, or somebody changed it.");
+    throw new ApiError(0, "This dashboard requested weak keys.",
+      "It is not a koi dashboard, or someone has changed it.");
   }
   const secret = utf8(password.normalize("NFC"));
   const root = globalThis.crypto?.subtle
@@ -19976,7 +20022,7 @@ async function rootBySubtle(secret, salt, iterations) {
 // ours lets through what this page made itself.
 const policy = globalThis.trustedTypes?.createPolicy("koi", {
   createScriptURL(url) {
-    if (!url.startsWith("blob:")) throw new TypeError("no worker of ours");
+    if (!url.startsWith("blob:")) throw new TypeError("unexpected worker URL");
     return url;
   },
 });
@@ -19998,7 +20044,7 @@ function rootByWorker(secret, salt, rounds, progress) {
     worker.onmessage = ({ data }) => typeof data === "number"
       ? progress && progress(data) : end(done, data);
     worker.onerror = () => end(failed, new ApiError(0,
-      "The browser would not compute the keys."));
+      "The browser could not compute the keys."));
     worker.postMessage([secret, salt, rounds]);
   });
 }
@@ -20057,7 +20103,7 @@ async function fetched(path, { method = "GET", body, signal } = {}) {
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, "The dashboard does not answer.",
-      "It is down, or the network between is.");
+      "It is down, or the network is.");
   }
   if (!reply.ok) throw await errorOf(reply);
   return reply;
@@ -20068,7 +20114,7 @@ async function errorOf(reply) {
   let body = {};
   try { body = await reply.json(); } catch { /* a proxy's page, perhaps */ }
   return new ApiError(reply.status, body.error
-    || `The dashboard says ${reply.status}.`, body.hint || "",
+    || `HTTP status ${reply.status}`, body.hint || "",
     +reply.headers.get("Retry-After") || 0);
 }
 
@@ -20238,7 +20284,7 @@ function announce(things) {
 }
 
 const hostOf = (thing) => thing && state.hosts.get(thing.host);
-const hostName = (id) => state.hosts.get(id)?.name || "a forgotten host";
+const hostName = (id) => state.hosts.get(id)?.name || "a removed host";
 const isCheck = (one) => "methods" in one;
 const isHost = (one) => "skew" in one;
 const nameOf = (one) => one.label || one.name || one.slug;
@@ -20361,7 +20407,7 @@ const stream = {
       this.reconnect(abort, "The dashboard ended the stream.");
     } catch (error) {
       if (abort !== this.abort) return;
-      if (error.status === 401) return lock("The password was changed.");
+      if (error.status === 401) return lock("The passphrase was changed.");
       this.reconnect(abort, error.message);
     }
   },
@@ -20448,9 +20494,9 @@ function go(path) {
 
 // What is shown for an unknown address.
 function lostView(place, root) {
-  root.append(el("h1", { text: "There is nothing here" }),
+  root.append(el("h1", { text: "Page not found" }),
     el("p", {}, link("#/jobs", "All jobs")));
-  return { title: "nothing here" };
+  return { title: "page not found" };
 }
 
 // What is around the views, and which of them is shown.
@@ -20505,7 +20551,7 @@ const app = {
         class: "btn quiet help", "aria-label": "? Keys", title: "Keys (?)" }),
       button([icon("lock"), el("span", { text: "Lock" })],
         () => { preferences.set("viewer", ""); lock("Locked."); },
-        { class: "btn quiet lock", title: "Forget the keys and close" })];
+        { class: "btn quiet lock", title: "Lock and remove the keys" })];
   },
 
   // Shows the view of the address. A view may stay for a new address of its
@@ -20677,8 +20723,8 @@ function logInView(why = "") {
   el("label", { for: "secret", text: "Passphrase" }), user,
   el("div", { class: "pair" }, secret, showSecretButton(secret)),
   capsNote(secret), failed, bar, open, el("p", { class: "muted", id: "hint",
-    text: "The passphrase stays in this tab, and is forgotten when the tab "
-    + "is closed. Capitals, blanks and dashes make no difference." })));
+    text: "The passphrase stays in this tab until you close it. Capitals, "
+    + "blanks and dashes make no difference." })));
   secret.focus();
   if (!server) showFirstPage();
   return parts;
@@ -20969,7 +21015,7 @@ const isLive = (run) => run.state === "running" || run.state === "queued";
 
 // Returns how a run ended: "exit 0", "signal 9", "timeout", or its state.
 function endOfRun(run) {
-  if (run.state === "unstartable") return "could not start";
+  if (run.state === "unstartable") return "failed to start";
   if (run.state !== "done") return run.state;
   if (run.reason === "timeout") return "timeout";
   return run.signal ? `signal ${run.signal}` : `exit ${run.exit}`;
@@ -21006,9 +21052,9 @@ const isPaused = (job) => job.paused === 0 || job.paused > now();
 
 // Returns why a job has no next start.
 function nextWords(job) {
-  if (job.removed) return "in no tab";
+  if (job.removed) return "removed";
   if (isPaused(job)) return "paused";
-  if (job.manual) return "when asked for";
+  if (job.manual) return "by hand";
   if (job.when.startsWith("@after")) return `after ${job.when.slice(8, -1)}`;
   return job.when === "@reboot" ? "on reboot" : "not scheduled";
 }
@@ -21139,18 +21185,19 @@ function hostCells(host) {
     && !job.removed);
   return { state: markOf(host), name: host.name, href: "#/hosts",
     where: "host", words: plural(jobs.length, "job"),
-    last: host.seen ? timeNode(host.seen, host) : muted("never heard of"),
+    last: host.seen ? timeNode(host.seen, host) : muted("never seen"),
     why: whyLine(host) };
 }
 
 // Returns why a host needs attention.
 function hostWords(host) {
   if (host.state !== "down") {
-    return host.state === "duplicate" ? "Two daemons use this host\u2019s "
-      + "identity (a cloned machine?)." : alertWords(host);
+    return host.state === "duplicate"
+      ? "Duplicate host ID (cloned machine?)." : alertWords(host);
   }
-  return ["Not heard of for ", timeNode(host.seen, host, () =>
-    roughDuration(now() - host.seen)), ". Its jobs may be running or not."];
+  return ["Last seen ", timeNode(host.seen, host, () =>
+    roughDuration(now() - host.seen)), " ago. The state of its jobs is "
+    + "unknown."];
 }
 
 // Returns the first line of an alert. The name of its job, with which it
@@ -21169,7 +21216,7 @@ const alertWords = (one) => alertsAbout(one).map(shortAlert).join("; ");
 function whyLine(one) {
   const words = one.failing ? failingWords(one) : [el("span", {},
     isHost(one) ? hostWords(one) : alertWords(one) || { missed:
-      "Its last start was not made.", late: "It should have started by now.",
+      "Its last start was missed.", late: "It should have started by now.",
     grace: "The ping is late." }[one.state])];
   const { last } = one, more = phone.matches && one.failing && last ? [
     menuItem("Output", "", () => go(`run/${last.id}`)), menuItem(
@@ -21193,7 +21240,7 @@ function failingWords(job) {
     title: "the last line of its output" }), muted("failing for ", timeNode(
     since, host, () => roughDuration(now() - since)), `, ${
     plural(count, "run")}; `, good ? ["last ok ", dateNode(good, host)]
-    : "never ok in what is kept")];
+    : "no success on record")];
 }
 
 // Returns the cells of a check's row.
@@ -21207,7 +21254,7 @@ function checkCells(check) {
       check.recent_runs, null, () => `#/check/${check.id}`),
     spark: sparkline(check.recent_runs, null),
     next: check.next ? timeNode(check.next) : muted({ paused: "paused",
-      down: "overdue" }[check.state] || "waits for a ping"),
+      down: "down" }[check.state] || "waiting for a ping"),
     act: isOperator() && copyButton(pingUrl(check), "URL"),
     why: hasProblem(check) && whyLine(check) };
 }
@@ -21388,8 +21435,8 @@ class JobList {
       Object.assign(group, { id, seen, title: id && hostHeading(id),
         hint: el("p", { class: "hint muted" }, id ? ["No jobs yet. On ",
           hostName(id), " type ", code("koitab -e"), "."] : "None yet. A "
-          + "check is a URL that a job elsewhere pings; it tells when the "
-          + "ping stays away.") });
+          + "check is a URL that a job outside koi pings. You get an alert "
+          + "when no ping comes.") });
       group.head.replaceChildren(el("div", { role: "rowheader",
         "aria-colspan": COLUMNS.length }, id ? [group.title,
         name && el("h3", { text: name })]
@@ -21460,7 +21507,7 @@ class JobList {
     const search = jobFilter.text && link(`#/search?q=${
       encodeURIComponent(jobFilter.text)}`, "Search all outputs for it");
     this.none.replaceChildren(isEmpty ? noHosts() : isNoneFit
-      ? empty("No job fits the filter", el("p", {}, button("Clear filter",
+      ? empty("No jobs match the filter", el("p", {}, button("Clear filter",
         () => this.clear()), " ", search)) : "");
   }
 
@@ -21494,8 +21541,7 @@ class JobList {
   runFocused() {
     const job = this.focused?.row.job;
     if (job && !isCheck(job) && canRun(job)) return go(`job/${job.id}/run`);
-    showToast("This job runs by its schedule; r runs those that are "
-      + "@manual.");
+    showToast("Only @manual jobs can be run here.");
   }
 }
 
@@ -21567,22 +21613,21 @@ function hostHeading(id) {
 
 function hostStateWords(host) {
   if (host.state === "left") return "has left the dashboard";
-  if (host.state === "duplicate") return "two daemons use this host\u2019s "
-    + "identity";
-  if (host.state === "new" || !host.seen) return "has not called yet";
-  return [host.state === "down" ? "down, last heard of " : "heard ",
+  if (host.state === "duplicate") return "duplicate host ID";
+  if (host.state === "new" || !host.seen) return "not seen yet";
+  return [host.state === "down" ? "down, last seen " : "seen ",
     timeNode(host.seen, host)];
 }
 
 const checksHeading = () => [el("h2", {}, "Checks",
-  muted("what pings in from elsewhere")), isOperator()
+  muted("jobs outside koi that ping")), isOperator()
   && linkButton("#/check/new", "New check")];
 
 const noHosts = () => empty("No host has joined this dashboard yet",
   el("p", {}, "On a machine with koi, type:"), joinCommands(),
   mutedLine("Its jobs show here within a second."),
-  isOperator() && el("p", {}, "Or let something that is not koi\u2019s "
-    + "report by a URL: ", link("#/check/new", "New check")));
+  isOperator() && el("p", {}, "Or give a job outside koi a URL to ping: ",
+    link("#/check/new", "New check")));
 
 const joinCommands = () => [snippet(`koitab -d join ${session.server}/#${
   state.dash.id}`), snippet("koitab status")];
@@ -21629,7 +21674,7 @@ async function* outputOf(id, { signal, follow } = {}) {
       more = bytes.length ? live || at < +reply.headers.get("X-Koi-Size")
         : live && follow;
       if (bytes.length && !used) {
-        frames.push(note("what is kept here cannot be read"));
+        frames.push(note("the stored output cannot be read"));
         more = false;
       }
       yield { frames, live };
@@ -21988,7 +22033,8 @@ class OutputViewer {
         else this.step(event.shiftKey ? -1 : 1);
       } });
     this.found = el("span", { class: "muted found", role: "status" });
-    this.steps = [["left", -1, "Hit before"], ["right", 1, "Next hit"]].map(
+    this.steps = [["left", -1, "Previous match"],
+      ["right", 1, "Next match"]].map(
       ([name, by, label]) => button(icon(name), () => this.step(by),
         { class: "btn quiet", "aria-label": label, hidden: true }));
     this.buttons = {
@@ -22060,7 +22106,7 @@ class OutputViewer {
       if (terminal.lines.length < MOST_LINES) terminal.feed(...frame);
       else if (!this.full) {
         this.full = true;
-        terminal.note(0, utf8("there are more lines: download them"));
+        terminal.note(0, utf8("more lines: download the output"));
       }
     }
     this.addLines();
@@ -22219,7 +22265,7 @@ class OutputViewer {
     }
     if (!this.query) $(".here", this.sheet)?.classList.remove("here");
     for (const step of this.steps) step.hidden = !this.matches.length;
-    this.found.textContent = this.query ? "no hit" : "";
+    this.found.textContent = this.query ? "no matches" : "";
     this.step(1);
   }
 
@@ -22298,16 +22344,17 @@ function sentence(run) {
   const time = formatDuration(durationOf(run));
   const why = run.reason ? `: ${run.reason}` : "";
   switch (run.state) {
-    case "queued": return "Waits for its turn";
+    case "queued": return "Queued";
     case "running": return `Running for ${
       roughDuration(durationOf(run) || 0)}`;
     case "missed": return `Missed: it was due and did not start${why}`;
     case "skipped": return `Skipped${why}`;
     case "elsewhere": return `Ran on another host of its group${why}`;
-    case "interrupted": return `Interrupted${why || ": nobody saw its end"}`;
-    case "unstartable": return `Could not start${why}`;
+    case "interrupted": return `Interrupted${why
+      || ": its end was not recorded"}`;
+    case "unstartable": return `Failed to start${why}`;
   }
-  if (run.reason === "timeout") return `Ended at its time limit of ${time}`;
+  if (run.reason === "timeout") return `Stopped at its time limit of ${time}`;
   if (run.signal) {
     return `Killed by signal ${run.signal}${SIGNALS[run.signal]
       ? ` (${SIGNALS[run.signal]})` : ""} after ${time}`;
@@ -22316,9 +22363,9 @@ function sentence(run) {
     : `Failed with exit ${run.exit} after ${time}`;
 }
 
-const RUN_TITLES = { queued: "waits for its turn", running: "is running",
+const RUN_TITLES = { queued: "is queued", running: "is running",
   missed: "did not start", skipped: "was skipped",
-  interrupted: "was interrupted", unstartable: "could not start" };
+  interrupted: "was interrupted", unstartable: "failed to start" };
 
 // Returns in words after the name of a job how a run of it went.
 function runTitle(run) {
@@ -22330,7 +22377,7 @@ function runTitle(run) {
 // Returns why a run has no output.
 function nothingWords(run) {
   if (!run.started) return "It did not start, so there is no output.";
-  if (run.have < run.size) return "Its output has not arrived here yet.";
+  if (run.have < run.size) return "The output has not arrived yet.";
   return run.state === "done" && run.exit === 0
     ? `Finished in ${formatDuration(durationOf(run))} and printed nothing.`
     : `${sentence(run)}, and printed nothing.`;
@@ -22434,8 +22481,7 @@ class RunPage {
     failedRun(run) && job?.failing && job.last?.id === run.id && [" Failing ",
       "since ", dateNode(job.failing.since, host), `, ${plural(
         job.failing.count, "run")}; `, job.failing.last_ok ? ["last ok ",
-        dateNode(job.failing.last_ok, host), "."] : "never ok in what is "
-        + "kept."]];
+        dateNode(job.failing.last_ok, host), "."] : "no success on record."]];
   }
 
   // Returns the buttons on the right of the sentence.
@@ -22499,7 +22545,7 @@ class RunPage {
     const host = hostName(this.run.host);
     return button("Kill\u2026", () => {
       const question = el("div", { class: "note question", role: "alertdialog",
-        "aria-label": "Kill it?" }, el("span", {}, `End this run of ${
+        "aria-label": "Kill it?" }, el("span", {}, `Stop this run of ${
         this.job?.label} on ${host}? It gets SIGTERM, and SIGKILL some `
         + "seconds later."), button(`Kill it on ${host}`, () => {
         question.remove();
@@ -22514,15 +22560,15 @@ class RunPage {
     const { run } = this;
     const sent = await post("requests", signedRequest(run.host, "kill",
       { user: this.job.user, run: run.n, epoch: run.epoch }));
-    showToast("Asked the host to end it\u2026");
+    showToast("Asked the host to stop it\u2026");
     const result = await resultOf(sent.nonce, undefined, false);
-    if (result.state === "accepted") showToast("The host ends it");
+    if (result.state === "accepted") showToast("The host is stopping it");
     else showToast(resultWords(result), "bad");
   }
 
   // Shows or hides the difference from the last good run.
   async compare() {
-    if (!this.good) return showToast("There is no good run to compare with.");
+    if (!this.good) return showToast("No good run to compare with.");
     if (this.compared.firstChild) return this.compared.replaceChildren();
     this.compared.replaceChildren(mutedLine("Comparing\u2026"));
     await withToast(async () => {
@@ -22649,7 +22695,7 @@ function diffLines(found) {
     return note("These outputs have too little in common to be compared.");
   }
   if (found.every(([sign]) => sign === " ")) {
-    return note("Both printed the same.");
+    return note("Same output.");
   }
   const near = new Set();
   found.forEach(([sign], at) => {
@@ -22745,7 +22791,7 @@ function jobHead(job, lines) {
     linkButton(`#/search?job=${job.id}`, "Search its output"),
     isOperator() && job.removed && confirmButton("Forget\u2026",
       `Forget ${job.label} and its runs`, () => withToast(forget,
-        "Forgotten"), { class: "btn danger" })),
+        "Removed"), { class: "btn danger" })),
   problemNote(job, lines), runningNote(job),
   job.recent_runs.length > 0 && el("div", { class: "charts" }),
   factList([["State", markOf(job)],
@@ -22755,7 +22801,7 @@ function jobHead(job, lines) {
     ["Paused until", isPaused(job) && (job.paused
       ? dateNode(job.paused, host) : code("koitab resume"))],
     ["Runs by", job.confirm === "cli"
-      && "koitab run alone (KOI_CONFIRM=cli)"]]),
+      && "koitab run only (KOI_CONFIRM=cli)"]]),
   el("pre", { class: "command", title: "the command" },
     code(visible(job.command)))];
 }
@@ -22767,11 +22813,11 @@ function problemNote(job, lines) {
   if (!failing && !hasProblem(job)) return null;
   const shown = lines.length ? lines : [failing?.line].filter(Boolean);
   return el("section", { class: "note bad failure", "aria-label":
-    "What is wrong" }, el("p", {}, failing && last ? [el("b",
+    "Problem" }, el("p", {}, failing && last ? [el("b",
     { text: sentence(last) }), last.ended && [", ", timeNode(last.ended,
     hostOf(job))], ". Failing since ", dateNode(failing.since, hostOf(job)),
   `, ${plural(failing.count, "run")}; `, failing.last_ok ? ["last ok ",
-    dateNode(failing.last_ok, hostOf(job))] : "never ok in what is kept", "."]
+    dateNode(failing.last_ok, hostOf(job))] : "no success on record", "."]
     : [el("b", { text: STATES[job.state]?.[0] || job.state }), " ",
       alertWords(job)]), failing && shown.length > 0 && el("pre",
     { class: "lines", text: shown.map(visible).join("\n") }),
@@ -22812,7 +22858,7 @@ function runTable(answer, job) {
   const host = hostOf(job);
   if (!answer.runs.length) {
     return empty("It has not run yet", el("p", {}, job.manual
-      ? "It runs when somebody asks for it." : job.words));
+      ? "It only runs by hand." : job.words));
   }
   return pagedTable("Older runs", ["State", "Start", "Took", "End", "By",
     "Last line"], answer, "runs", (run) => clickableRow(`#/run/${run.id}`,
@@ -22868,7 +22914,7 @@ async function signedJobs(host) {
   const list = JSON.parse(answer.body);
   if (list.v !== 1) {
     throw new ApiError(0,
-      "This host speaks another version: reload the page.");
+      "This host uses another protocol version: reload the page.");
   }
   if (list.dash !== session.dash || list.host !== host
       || list.key !== keyId(key)) throw new ApiError(0, WORDS.otherKeys);
@@ -22920,7 +22966,7 @@ async function resultOf(nonce, onWait = () => {}, isRun = true) {
 function resultWords({ state: is, reason }) {
   return is === "refused" ? `The host refused: ${reason}` : is === "expired"
     ? "The host did not answer within 5 minutes. The request has expired."
-    : is === "withdrawn" ? "The request is taken back. Nothing ran."
+    : is === "withdrawn" ? "The request was withdrawn. Nothing ran."
       : "The host accepted the request.";
 }
 
@@ -22928,13 +22974,13 @@ function resultWords({ state: is, reason }) {
 const waitingFor = (job) => [...state.requests.values()].filter((one) =>
   one.job === job.id && one.what === "run" && one.state === "waiting");
 
-// Returns a line for each request that waits: until when, and Take it back.
+// Returns a line for each request that waits: until when, and Withdraw.
 const waitingList = (job) => waitingFor(job).map(({ nonce, expires }) =>
   el("div", { class: "note question waiting", role: "status" }, el("span", {},
     `1 run is waiting for ${hostName(job.host)}. The request expires `,
     timeNode(expires, hostOf(job)), "."), isOperator() && button(
-    "Take it back", () => withToast(() => fetched(`requests/${nonce}`,
-      { method: "DELETE" }), "The request is taken back. Nothing ran."))));
+    "Withdraw", () => withToast(() => fetched(`requests/${nonce}`,
+      { method: "DELETE" }), "The request was withdrawn. Nothing ran."))));
 
 // Returns what a user should know before a run on a host that is down.
 function hostDownNote(job) {
@@ -22997,28 +23043,29 @@ const LONGEST_VALUE = 4096, LONGEST_TEXT = 65536;
 // "".
 function valueError({ type, choices, default: usual }, value) {
   if (type === "int") {
-    return /^-?\d{1,18}$/.test(value) ? "" : "an int is 1 to 18 digits";
+    return /^-?\d{1,18}$/.test(value) ? ""
+      : "expected a whole number of at most 18 digits";
   }
   if (type === "bool") {
-    return ["true", "false"].includes(value) ? "" : "a bool is true or false";
+    return ["true", "false"].includes(value) ? "" : "expected true or false";
   }
   if (type === "choice") {
     return choices.includes(value) ? ""
-      : `choose one of ${choices.join("|")}`;
+      : `expected one of ${choices.join("|")}`;
   }
   if (type === "date") {
-    return isDate(value) ? "" : "a date is written 2026-03-29";
+    return isDate(value) ? "" : "expected a date such as 2026-03-29";
   }
-  if (/\p{Surrogate}/u.test(value)) return "it is not UTF-8";
+  if (/\p{Surrogate}/u.test(value)) return "not valid UTF-8";
   const allowed = type === "text" ? "\n\t" : "\t";
   if ([...value].some((char) => !allowed.includes(char)
       && isUnsafe(char.charCodeAt(0)))) {
-    return "it has a control character";
+    return "contains a control character";
   }
-  if (value === "" && usual !== "") return "the value is empty";
+  if (value === "" && usual !== "") return "empty value";
   const most = type === "text" ? LONGEST_TEXT : LONGEST_VALUE;
   return utf8(value).length > most
-    ? `it is longer than ${most.toLocaleString("en")} bytes` : "";
+    ? `longer than ${most.toLocaleString("en")} bytes` : "";
 }
 
 // UNSAFE in koitab.py.
@@ -23071,13 +23118,13 @@ async function formData(job) {
   const spec = specs.find((one) => one.tag === job.tag
     && one.user === job.user);
   if (!spec) {
-    throw new ApiError(0, "The host\u2019s own list has no such job.",
+    throw new ApiError(0, "The host has no such job now.",
       "Its tab has changed: reload the page.");
   }
   if (spec.when !== "@manual" || spec.confirm === "cli") {
     throw new ApiError(0, "This job cannot be run from here.",
       spec.confirm === "cli" ? `On the host: koitab run "${spec.label}"`
-        : "It runs by its schedule.");
+        : "It is scheduled, not @manual.");
   }
   return { spec, runs };
 }
@@ -23217,7 +23264,7 @@ function plainError({ type, default: usual }, value, why) {
     return type === "date" ? "Please choose a date." : "Please fill this in.";
   }
   return { int: "Please type a whole number, such as 5.",
-    date: "Please choose a date of the calendar.",
+    date: "Please choose a valid date.",
     choice: "Please choose one of these." }[type]
     || `Please change this: ${why}.`;
 }
@@ -23345,7 +23392,7 @@ const DAY_FILTERS = [   // its name, its words, how much of it a row has
   ["late", "late", ({ job, isNow }) => +(isNow && job.state === "late")],
   ["unknown", "unknown", ({ job, isNow }) => +(isNow
     && job.state === "unknown")],
-  ["next", "still to come", ({ isNext }) => +isNext],
+  ["next", "upcoming", ({ isNext }) => +isNext],
   ["idle", "with no start", ({ job, starts, isNext }) => +(!starts.length
     && !isNext && !job.manual && !job.removed)],
 ];
@@ -23485,7 +23532,7 @@ class Day {
     this.tabulate(rows);
     if (!rows.length) {
       return this.grid.replaceChildren(empty(text || host || wanted
-        ? "No job fits the filter" : "Nothing ran, and nothing was due"));
+        ? "No jobs match the filter" : "Nothing ran, and nothing was due"));
     }
     this.width = this.grid.clientWidth;
     const width = this.width - (narrow.matches ? 24 : 208);
@@ -23609,12 +23656,12 @@ function focusLink(root, by) {
 // Returns the list of the runs that a search found.
 function matchList(answer, text, path) {
   if (!answer.matches.length) {
-    return empty("No output has it",
-      mutedLine("Searched is what is kept of all runs."));
+    return empty("No matches in the stored output",
+      mutedLine("The search covers the stored output of all runs."));
   }
   const list = el("ol", { class: "matches" });
-  return el("div", {}, list, pageButton("Older hits", list, answer, "matches",
-    (match) => matchItem(match, text), ({ run }) =>
+  return el("div", {}, list, pageButton("Older matches", list, answer,
+    "matches", (match) => matchItem(match, text), ({ run }) =>
       `${path}&before=${run.id}`));
 }
 
@@ -23650,10 +23697,10 @@ function auditView(place, root) {
   root.append(el("h1", { text: "Audit" }));
   showLoaded(root, () => get("audit"), (answer) => root.append(
     answer.rows.length ? pagedTable("Older", ["When", "Who", "What", "Where",
-      "Verdict"], answer, "rows", auditRow, ({ at }) => `audit?before=${at}`)
-      : empty("Nobody has asked for anything yet", mutedLine("Each run, "
-        + "kill, snooze and change that is asked for here stands in this "
-        + "list, with the host\u2019s verdict."))));
+      "Result"], answer, "rows", auditRow, ({ at }) => `audit?before=${at}`)
+      : empty("No actions yet", mutedLine("This list "
+        + "shows each run, kill, snooze and change that people request, "
+        + "with the host\u2019s result."))));
   return { title: "Audit" };
 }
 
@@ -23672,7 +23719,7 @@ function auditRow(row) {
     row.run && [" ", link(`#/run/${row.run}`, "output")]));
 }
 
-// --- checks: what pings in from elsewhere ----------------------------------
+// --- checks: jobs outside koi that ping ----------------------------------
 
 // #/check/ID, #/check/new
 function checkView(place, root) {
@@ -23720,7 +23767,7 @@ function checkHead(check, isOpen) {
     ["Expected", check.words], ["Grace", formatDuration(check.grace)],
     ["Last ping", check.last_ping ? timeNode(check.last_ping) : "none yet"],
     ["Next", check.next ? timeNode(check.next) : check.state === "paused"
-      ? "paused" : check.last_ping ? "overdue" : "when it has pinged once"],
+      ? "paused" : check.last_ping ? "down" : "after its first ping"],
     ["Took", check.last_duration && formatDuration(check.last_duration)],
     ["Must start within", check.start_within > 0
       && formatDuration(check.start_within)],
@@ -23750,8 +23797,8 @@ function pingExamples(url, open) {
 function pingTable(path, answer) {
   return answer.pings.length ? pagedTable("Older", ["No", "When", "Kind",
     "Took", "From", "Body"], answer, "pings", (ping) => pingRow(path, ping),
-  ({ n }) => `${path}?before=${n}`) : empty("No ping has come yet",
-    mutedLine("Any GET, HEAD or POST to the URL above is one."));
+  ({ n }) => `${path}?before=${n}`) : empty("No pings yet",
+    mutedLine("A ping is any GET, HEAD or POST request to the URL above."));
 }
 
 const PING_KINDS = { "": ["ok", "ok"], success: ["ok", "ok"],
@@ -23844,15 +23891,15 @@ function checkFields(old) {
     { pattern: "[a-z0-9_-]*" }),
     tags: textField("c-tags", "Tags", old.tags,
       "Words with spaces between."),
-    desc: textField("c-desc", "Note", old.desc, "What to do when it stays "
-      + "away.", { rows: 2 }),
+    desc: textField("c-desc", "Note", old.desc, "What to do when no "
+      + "ping comes.", { rows: 2 }),
     start_within: timeField("c-within", "Must start within",
-      old.start_within || 0, "After it is due; 0: no deadline of its own.",
+      old.start_within || 0, "After it is due; 0: no limit.",
       0),
     run_limit: timeField("c-limit", "May run for", old.run_limit || 0,
       "From its start ping; 0: as long as the grace.", 0),
     manual_resume: checkField("c-resume",
-      "Stays paused until somebody resumes it", old.manual_resume),
+      "Stays paused until someone resumes it", old.manual_resume),
     methods: checkField("c-post", "Only POST counts", old.methods === "POST"),
   };
 }
@@ -23861,7 +23908,7 @@ function checkFields(old) {
 function checkForm(id, old) {
   const fields = checkFields(old), root = (name) => fields[name].root;
   const kind = select({ id: "c-kind", onchange: () => showKind() },
-    [["simple", "every so often"], ["cron",
+    [["simple", "at regular intervals"], ["cron",
       "by a schedule, as in crontab"]], old.kind);
   function showKind() {
     const isCron = kind.value === "cron";
@@ -23952,8 +23999,8 @@ function alertList() {
   const alerts = [...state.alerts.values()].sort((a, b) =>
     b.since - a.since);
   if (!alerts.length) {
-    return empty("All is well", mutedLine("Here stands what failed, is late, "
-      + "was missed, or took much longer than it ever did."));
+    return empty("No active alerts", mutedLine("Failed, late, missed and "
+      + "unusually slow jobs appear here."));
   }
   return el("ul", { class: "alerts" }, alerts.map(alertItem));
 }
@@ -24161,11 +24208,12 @@ function hostsView(place, root) {
 }
 
 const hostTable = () => el("div", { class: "scroll" }, table(["Host",
-  "State", "Jobs", "Heard", "Its clock", "koi", ""],
+  "State", "Jobs", "Last seen", "Clock skew", "koi", ""],
 [...state.hosts.values()].sort(byName).map(hostRow)));
 
 const HOST_STATES = { up: ["ok", "up"], down: ["failed", "down"],
-  duplicate: ["late", "two with one identity"], new: ["new", "new"],
+  duplicate: ["late", "duplicate host ID (cloned machine?)"],
+  new: ["new", "new"],
   left: ["paused", "left"] };
 
 // Returns a row of the table of hosts.
@@ -24180,13 +24228,13 @@ function hostRow(host) {
       text: visible(text) }))),
   stateMark(...HOST_STATES[host.state] || ["unknown", host.state]),
   cell("Jobs", String(jobs)),
-  cell("Heard", host.seen ? timeNode(host.seen, host) : "never"),
+  cell("Last seen", host.seen ? timeNode(host.seen, host) : "never"),
   cell("Clock", skewWords(host.skew || 0), el("div", { class: "muted",
     text: host.zone })),
   cell("koi", host.version || ""),
   isOperator() && confirmButton("Forget\u2026", `Forget ${host.name} and `
     + "its runs", () => withToast(() => post("forget", { host: host.id }),
-    "Forgotten"), { class: "btn danger" }));
+    "Removed"), { class: "btn danger" }));
 }
 
 const skewWords = (skew) => Math.abs(skew) < 2 ? "right" : el("span", {
@@ -24205,23 +24253,24 @@ function settingsView(place, root) {
   root.append(el("h1", { text: "Settings" }), section("This dashboard",
     el("p", {}, "Its address, to bookmark or to pass on:"),
     snippet(`${session.server}/#${dash.id}`)), viewerSection(),
-  dash.ping_key ? section("Ping key", el("p", {}, "With it a check is "
-    + "pinged by its slug, and made by the first ping:"), snippet(`curl -fsS `
-    + `-m 10 ${session.server}/ping/${dash.ping_key}/my-backup?create=1`))
+  dash.ping_key ? section("Ping key", el("p", {}, "It pings a "
+    + "check by its slug. The first ping creates the check:"), snippet(
+    `curl -fsS -m 10 ${session.server}/ping/${dash.ping_key}/my-backup`
+    + "?create=1"))
     : "",
   section("Badges", el("p", {}, "A small picture of a state, for a wiki or a "
-    + "README. It tells a colour and nothing else:"),
+    + "README. It shows a colour and nothing else:"),
   snippet(`${session.server}/badge/${dash.badge_key}/all.svg`), mutedLine(
-    "In the place of ", code("all"), " may stand a check\u2019s slug or a "
-    + "job\u2019s tag; ", code(".json"), " gives the same for programs.")),
+    "Instead of ", code("all"), " use a check\u2019s slug or a job\u2019s "
+    + "tag. ", code(".json"), " is for programs.")),
   section("Prometheus", snippet(
     `curl -H "Authorization: Bearer $TOKEN" ${session.server}/metrics`),
-  mutedLine("TOKEN is made by ", code(
+  mutedLine("Make TOKEN with ", code(
     "koitab -d token new NAME --role metrics"), ".")),
   section("Passphrase", el("p", {}, "To change it, type on a host:"),
     snippet("koitab -d rotate")),
   mutedLine(`koi ${state.version}. You are `, isOperator()
-    ? "an operator: you may run what is @manual." : "a viewer."));
+    ? "an operator: you can run @manual jobs." : "a viewer."));
   return { title: "Settings" };
 }
 
@@ -24257,7 +24306,7 @@ function viewerSection() {
 
 const SHORTCUTS = [["/", "search or filter"], ["j  k",
   "down, up; older, newer"], ["Enter", "open"],
-["\u2190  \u2192", "walk along a strip"], ["r", "run the job"],
+["\u2190  \u2192", "move along the run history bar"], ["r", "run the job"],
 ["f", "follow an output"], ["w", "wrap its lines"], ["g j", "jobs"],
 ["g r", "run by hand"], ["g t", "the day"],
 ["g s", "search"], ["g a", "alerts"], ["g h", "hosts"],
@@ -24313,7 +24362,7 @@ function start() {
     $("#plain-http").hidden = false;
   }
   const showBug = (error) => error?.name !== "AbortError" && showToast(
-    `A fault of this page: ${error?.message || error}`, "bad");
+    `Error in this page (please report): ${error?.message || error}`, "bad");
   addEventListener("error", (event) => showBug(event.error));
   addEventListener("unhandledrejection", (event) => showBug(event.reason));
   listenToBars();
@@ -24402,7 +24451,8 @@ def parse_number(text: str) -> int:
     number = parse_count(text) or 0
     if not 0 < number <= MOST_LISTED:
         raise Error(f"-n {text}: not a number from 1 to {MOST_LISTED:,}",
-                    "-n 5; -T FILE tests a tab", EXIT_USAGE)
+                    f"{PROG} -T {text}" if os.path.exists(text) else "",
+                    EXIT_USAGE)
     return number
 
 
@@ -24484,8 +24534,8 @@ OPTIONS = {     # by the attribute of Invocation that holds the value
     "ca": Option("--ca FILE", "trust these certificates (PEM), not the "
                  "system's"),
     "plain_http": Option("--plain-http", "allow plain http, of which other "
-                         "users of this machine, or anybody on the way, can "
-                         "take the keys"),
+                         "users of this machine, or anyone on the network, "
+                         "can take the keys"),
     "listen": Option("--listen ADDRESS:PORT", "listen here (127.0.0.1:8077); "
                      "repeatable", is_list=True),
     "db": Option("--db FILE", "its database (dashboard.db in the state "
@@ -24787,7 +24837,7 @@ class EditSession:
             with open(fd, "wb") as file:
                 file.write(encode_os(text))
         except OSError as error:
-            raise Error(f"no place for a draft: {error.strerror}",
+            raise Error(f"cannot create a temporary file: {error.strerror}",
                         "TMPDIR=/var/tmp koitab -e") from None
 
     def text(self) -> str:
@@ -25006,12 +25056,13 @@ PAGE_OF_RUNS = 500      # a reply of koid's has so many at most
 def find_job(jobs: list[dict], name: str, owner: str = "") -> dict:
     """Return the one job, of those that koid or a dashboard lists, that a
     name means; of the user `owner`, if one is given. Raises Error."""
+    from shlex import quote
     from types import SimpleNamespace
     others = sorted({job["user"] for job in jobs if name == job["name"]})
     mine = [SimpleNamespace(**job) for job in jobs
             if owner in ("", job["user"])]
     if name and others and owner and owner not in others:
-        raise Error(f"{owner} has no job {short(name)}",
+        raise Error(f"{owner} has no job named {short(name)}",
                     f"{PROG} run -u {others[0]} ...")
     found = [vars(job) for job in match_jobs(mine, name)] if name else []
     if found and parse_count(name) is not None:
@@ -25021,11 +25072,11 @@ def find_job(jobs: list[dict], name: str, owner: str = "") -> dict:
     if len(found) == 1:
         return found[0]
     if not found:
-        raise Error("no job has an empty name", f"{PROG} next")
-    raise Error(f"{len(found)} jobs are called {short(name)}: " + ", ".join(
-        f"{job['section']}/{job['name']}" if job["section"] and job["name"]
-        else job["tag"] for job in found),
-        f"{PROG} run SECTION/NAME; or the tag in place of the name")
+        raise Error("empty job name", f"{PROG} next")
+    choices = [f"{job['section']}/{job['name']}" if job["section"]
+               and job["name"] else job["tag"] for job in found]
+    raise Error(f"{len(found)} jobs are named {short(name)}: "
+                + ", ".join(choices), f"{PROG} run {quote(choices[0])}")
 
 
 def parameters_of(job: dict) -> list[Parameter]:
@@ -25037,31 +25088,33 @@ def parameters_of(job: dict) -> list[Parameter]:
 def read_arguments(job: dict, words: list[str]) -> dict[str, str]:
     """Return a value for each parameter: typed in `words` as ARG=VALUE,
     prompted, or the default. koid checks them again. Raises Error."""
+    from shlex import quote
     params, given = parameters_of(job), {}
     for word in words:
         param = match_parameter(params, word)
         if param.name in given:
-            raise Error(f"{short(param.name)} is given twice", "",
+            raise Error(f"duplicate argument {short(param.name)}", "",
                         EXIT_USAGE)
         value = word[len(param.name) + 1:]
         if param.type == "secret" and value != "-":
-            raise Error(f"{short(param.name)} is secret, but every user can "
-                        "read command lines", f"{escape_controls(param.name)}"
-                        "=- for standard input, or none for a prompt",
-                        EXIT_USAGE)
+            raise Error(f"{short(param.name)} is secret, but other users can "
+                        "read command lines", " ".join([
+                            PROG, "run", quote(job["label"]),
+                            quote(f"{param.name}=-")]), EXIT_USAGE)
         given[param.name] = value = read_input() if value == "-" else value
         reason = param.value_error(value)
         if reason:
-            raise Error(f"{short(param.name)}: {reason}", "", EXIT_USAGE)
+            raise Error(f"invalid argument {short(param.name)}: {reason}", "",
+                        EXIT_USAGE)
     missing = [param for param in params
                if param.default is None and param.name not in given]
     if missing and not os.isatty(0):
-        words = [f'"{escape_controls(param.name)}='
-                 f'{"-" if param.type == "secret" else "..."}"'
+        words = [quote(param.name + ("=-" if param.type == "secret"
+                                     else "=VALUE"))
                  for param in missing]
-        raise Error("no value for " + join_words([
-            short(param.name) for param in missing]),
-            " ".join(["koitab run NAME", *words]), EXIT_USAGE)
+        raise Error("missing argument " + join_words([
+            short(param.name) for param in missing]), " ".join([
+                PROG, "run", quote(job["label"]), *words]), EXIT_USAGE)
     given.update((param.name, prompt_value(param)) for param in missing)
     return {param.name: given.get(param.name, param.default)
             for param in params}
@@ -25103,7 +25156,8 @@ def prompt_value(param: Parameter) -> str:
         value = prompt_secret(question) if param.type == "secret" \
             else prompt(question)
         if value is None:
-            raise Error(f"no value for {short(param.name)}, so nothing ran")
+            raise Error(f"no value for {short(param.name)}, so the job was "
+                        "not started")
         reason = param.value_error(value)
         if not reason:
             return value
@@ -25254,7 +25308,7 @@ class RunAttachment:
             raise Detached
         if len(self.signals) == SIGNALS_PASSED_ON:
             number = signal.SIGTERM
-            self.options.warn("once more leaves the job running")
+            self.options.warn("press Ctrl-C again to leave the job running")
         try:
             self.connection.send(bytes([number]))
         except OSError:
@@ -25342,7 +25396,7 @@ def result_words(run: dict) -> str:
     """Return how a run went: ok; exit 3; missed x12; skipped: why."""
     state, reason = run["state"], run["reason"]
     if state == "unstartable":
-        words = "not started"
+        words = "failed to start"
     elif state != "done":
         words = f"{state} x{run['count']}" if run["count"] > 1 else state
     elif run["signal"]:
@@ -25402,7 +25456,7 @@ def command_history(options: Invocation, name: str = ""
     labels = [label_for(run, owner)[:24] for run in runs]
     width = max(map(len, labels), default=0)
     if not runs:
-        options.warn("no run is remembered")
+        options.warn("no runs recorded")
         return EXIT_OK
     print(f"{'RUN':>5}  {'STARTED':25}  {'JOB':{width}}  {'BY':8}  "
           f"{'TOOK':>6}  RESULT")
@@ -25552,14 +25606,14 @@ def other_daemons(options: Invocation, state: dict) -> list[str]:
     if state["system"]:
         crons.insert(0, "koid --system")
     if len(crons) > 1:
-        return [f"{' and '.join(crons)} serve the same crontabs: jobs start "
-                "more than once"]
+        return [f"{' and '.join(crons)} serve the same crontabs: each job "
+                "starts more than once"]
     files = [] if crons else [
         file.path for file in machine.tab_files(ROOT_HOME, True, {})
         if file.text and not file.path.startswith(ROOT_HOME)
         and TabReader(file.text, file.system, True, "", True).read().jobs]
-    return ["crontabs that nobody serves, because no cron runs and koid runs "
-            f"without --system: {', '.join(files)}"] if files else []
+    return ["crontabs that no daemon serves, because no cron is running and "
+            f"koid runs without --system: {', '.join(files)}"] if files else []
 
 
 def status_fields(state: dict, owner: str, jobs: list[dict]
@@ -25580,7 +25634,7 @@ def status_fields(state: dict, owner: str, jobs: list[dict]
                     f"{start_words(run)} ({run['trigger']})"
                     for run in state["running"]],
         "late": state["late"],
-        "trouble": [text for text in state["problems"] if not any(
+        "problem": [text for text in state["problems"] if not any(
             text.endswith(known.removeprefix("tab"))
             for known in tab["problems"])],     # "tab" has them
         "next": [format_rfc3339(state["next"])] if state["next"] else [],
@@ -25753,7 +25807,7 @@ START_SECONDS = 60.0    # that a dashboard may take to start
 REQUEST_LIFE = 300_000  # ms that a request may wait for its host
 FINAL_STATES = ("done", "elsewhere", "interrupted", "missed", "skipped",
                 "unstartable")
-LEAVE_AND_JOIN = "on that host: koitab -d off; koitab -d join URL"
+LEAVE_AND_JOIN = "on that host: koitab -d leave; koitab -d join URL"
 
 
 def ask_dashboard(client: DashboardClient, method: str, path: str,
@@ -25817,9 +25871,9 @@ def warn_of_plain_http(options: Invocation, host: str, url: str) -> None:
     """Print who can take the keys that are sent to `url`, which names
     `host`."""
     options.warn(f"warning: {url} is plain http: " + (
-        "any user of this machine who takes the port can take the keys"
-        if is_local(host) else "anybody on the way can read the keys and "
-        "change all of it"))
+        "any user of this machine who takes over the port gets the keys"
+        if is_local(host) else "anyone on the network can read the keys and "
+        "change everything"))
 
 
 def split_dashboard_url(text: str) -> tuple[str, str]:
@@ -25849,7 +25903,7 @@ def read_secret_line(question: str, what: str) -> str:
     text = prompt_secret(question) if os.isatty(0) else sys.stdin.buffer \
         .readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
     if not text:
-        raise Error(f"no {what} was given", "type it, or write it to "
+        raise Error(f"missing {what}", f"type the {what}, or write it to "
                     "standard input", EXIT_USAGE)
     return text
 
@@ -25859,7 +25913,8 @@ def enrollment_directory(options: Invocation) -> str:
     Raises Error."""
     if os.geteuid() and "KOI_HOME" not in os.environ \
             and os.path.exists(ROOT_SOCKET):
-        raise Error("this machine's koid is root's", "sudo; or name the "
+        raise Error("the koid of this machine runs as root",
+                    "sudo; or name the "
                     "dashboard: run --on HOST --url URL, page URL")
     return options.machine.state_directory()
 
@@ -25920,15 +25975,16 @@ def require_not_enrolled(options: Invocation) -> None:
     """Raise Error if this machine is a member of a dashboard already."""
     enrollment = options.machine.read_enrollment(enrollment_directory(options))
     if enrollment:
-        raise Error(f"this machine belongs to {enrollment.url} already",
-                    "koitab -d off")
+        raise Error(f"this machine is already a member of {enrollment.url}",
+                    "koitab -d leave")
 
 
 def require_enrollment(options: Invocation) -> Enrollment:
     """Return the keys of this machine for its dashboard. Raises Error."""
     enrollment = options.machine.read_enrollment(enrollment_directory(options))
     if not enrollment:
-        raise Error("this machine belongs to no dashboard", "koitab -d new; "
+        raise Error("this machine is not a member of a dashboard",
+                    "koitab -d new; "
                     "or koitab -d join URL")
     return enrollment
 
@@ -26046,8 +26102,8 @@ def print_keys(url: str, dash: str, passphrase: str) -> None:
     """Print the passphrase, which is shown only this time."""
     print(f"dashboard   {url.rstrip('/')}/#{dash}")
     print(f"passphrase  {passphrase}")
-    print("            Keep it: it is stored nowhere, and whoever has it"
-          " can run your jobs.")
+    print("            Keep it safe: it is not stored, and anyone who has it "
+          "can run your jobs.")
     sys.stdout.flush()
 
 
@@ -26077,7 +26133,7 @@ def show_enrollment(options: Invocation) -> int:
         print_field("link", [error.message])
         return EXIT_ERROR
     print_field("link", agent_lines(state)[1:] or ["up"] if state else [
-        "koid does not use these keys: see koitab status; or restart it"])
+        "koid does not use these keys: see koitab status, or restart koid"])
     if not state or state["problems"]:
         return EXIT_ERROR
     return show_outdated(options, enrollment)
@@ -26092,7 +26148,7 @@ def show_outdated(options: Invocation, enrollment: Enrollment) -> int:
     hosts = ask_dashboard(client, "GET", "/api/v1/outdated").get("hosts", [])
     if hosts:
         print_field("outdated", [*(host["name"] for host in hosts),
-                                 "(on each: koitab -d off; koitab -d join "
+                                 "(on each: koitab -d leave; koitab -d join "
                                  f"{enrollment.url})"])
     return EXIT_ERROR if enrollment.host in [
         host["id"] for host in hosts] else EXIT_OK
@@ -26118,7 +26174,7 @@ def rotate_passphrase(options: Invocation) -> int:
                       hashes_of(fresh, salt))
     except Error as error:
         raise Error(error.message, "the old passphrase is valid; or, if only "
-                    "the answer was lost, the new one: then koitab -d off; "
+                    "the answer was lost, the new one: then koitab -d leave; "
                     "koitab -d join") from None
     options.machine.write_enrollment(
         enrollment_directory(options), enrollment.replace(
@@ -26138,13 +26194,13 @@ def warn_of_rotation(options: Invocation, client: DashboardClient,
              if host["state"] != "left" and host["id"] != enrollment.host]
     if names:
         options.warn(
-            f"{plural(len(names), 'other host')} must join again, and until "
-            f"then nothing can be run there: {', '.join(names)} (on each: "
-            f"koitab -d off; koitab -d join {enrollment.url})")
+            f"{plural(len(names), 'other host')} must join again; until then, "
+            f"no job can be run there: {', '.join(names)} (on each: koitab -d "
+            f"leave; koitab -d join {enrollment.url})")
 
 
 def leave_dashboard(options: Invocation) -> int:
-    """koitab -d off: remove this machine's keys, then notify the
+    """koitab -d leave: remove this machine's keys, then notify the
     dashboard. Raises Error."""
     directory = enrollment_directory(options)
     try:
@@ -26152,7 +26208,7 @@ def leave_dashboard(options: Invocation) -> int:
     except Error as error:      # unreadable: the dashboard is unknown
         options.machine.remove_enrollment(directory)
         reload_enrollment(options)
-        options.warn(f"removed all the same: {error.message}")
+        options.warn(f"removed the keys anyway: {error.message}")
         return EXIT_OK
     enrollment = enrollment or require_enrollment(options)
     options.machine.remove_enrollment(directory)
@@ -26163,8 +26219,9 @@ def leave_dashboard(options: Invocation) -> int:
         client.token = enrollment.token
         ask_dashboard(client, "DELETE", f"/api/v1/hosts/{enrollment.host}")
     except Error as error:
-        options.warn(f"the dashboard was not told: {error.message}")
-    print(f"this machine does not belong to {enrollment.url} any more")
+        options.warn(f"left locally, but {error.message}: remove this host "
+                     "on the Hosts page")
+    print(f"this machine has left {enrollment.url}")
     return EXIT_OK
 
 
@@ -26202,7 +26259,7 @@ def print_tokens(tokens: list[dict]) -> None:
 
 DASHBOARD_ACTIONS = {
     "new": new_dashboard, "join": join_dashboard, "show": show_enrollment,
-    "rotate": rotate_passphrase, "off": leave_dashboard,
+    "rotate": rotate_passphrase, "leave": leave_dashboard,
     "token": manage_tokens}
 
 
@@ -26268,10 +26325,10 @@ def find_host(client: DashboardClient, keys: Keys, dash: str,
     field = "id" if is_hex(name, 32) else "name"
     found = [host["id"] for host in members if host[field] == name]
     if not found:
-        raise Error(f"there is no host {short(name)}", ", ".join(
+        raise Error(f"no host named {short(name)}", ", ".join(
             escape_controls(host["name"]) for host in members))
     if len(found) > 1:
-        raise Error(f"{len(found)} hosts are called {short(name)}",
+        raise Error(f"{len(found)} hosts are named {short(name)}",
                     "use the ID: " + " ".join(found))
     listed = verify_job_list(ask_dashboard(
         client, "GET", f"/api/v1/hosts/{found[0]}/list"),
@@ -26279,7 +26336,7 @@ def find_host(client: DashboardClient, keys: Keys, dash: str,
     if name not in (found[0], listed["name"]):
         raise Error(f"the host that the dashboard calls {short(name)} is "
                     f"{short(listed['name'])} by its own signature",
-                    f"its ID, if it is meant: --on {found[0]}")
+                    f"if this host is meant: --on {found[0]}")
     return found[0], listed
 
 
@@ -26307,8 +26364,9 @@ def match_manifest(options: Invocation, listed: dict, name: str) -> dict:
             for text in listed["jobs"]]
     job = find_job(jobs, name, options.user or listed.get("user", ""))
     if job["when"] != "@manual" or job["confirm"] == "cli":
-        raise Error(f"{short(job['label'])} is not to be run from elsewhere: "
-                    "only @manual jobs are, without KOI_CONFIRM=cli")
+        raise Error(f"{short(job['label'])} cannot be run remotely: " + (
+            "it has KOI_CONFIRM=cli" if job["when"] == "@manual" else
+            "it is scheduled, not @manual"))
     return job
 
 
@@ -26528,8 +26586,8 @@ def find_crontabs(options: Invocation) -> list[Crontab]:
         if PACKAGE_NAME_CHARACTERS.issuperset(name):
             paths.append(path)
         elif name[0] != ".":
-            options.warn(f"{path} is left out: Debian's cron reads no file "
-                         "with such a name")
+            options.warn(f"{path} is left out, because Debian's cron ignores "
+                         "files with such a name")
     for path in paths:
         try:
             found.append(Crontab(path, posixpath.basename(path),
@@ -26594,7 +26652,8 @@ class Importer:
                 self.set[parse_assignment(line)[0]] = None
                 self.lines.append(raw)
             else:
-                self.lines += [MARK + reasons.get(row, "no line of cron's"),
+                self.lines += [MARK + reasons.get(row, "not a valid line for "
+                                                  "cron"),
                                f"# {raw}"]
         while not self.lines[-1]:
             del self.lines[-1]
@@ -26872,8 +26931,8 @@ def prepare_database(options: Invocation) -> Account | None:
         return None
     if not (given or os.path.exists(path)) \
             and os.path.exists(f"{home}/dashboard.db"):
-        raise Error(f"{home}/dashboard.db belongs to a dashboard that ran as "
-                    "root", "koitab dashboard -u root")
+        raise Error(f"{home}/dashboard.db is the database of a dashboard that "
+                    "ran as root", "koitab dashboard -u root")
     try:
         account = machine.account(options.user) if options.user \
             else service_account(machine, DASHBOARD_ACCOUNT, DASHBOARD_UID)
@@ -26896,9 +26955,9 @@ def check_dashboard_options(options: Invocation) -> list[tuple[str, int]]:
               if not is_loopback(address)]
     if public and not options.cert and not options.plain_http:
         raise Error(
-            f"at {public[0]} it would speak plain http: whoever is on the "
-            "way could read and change all of it, and take over the page "
-            "that asks for the password", "--cert FILE --key FILE; or a "
+            f"refusing to serve plain http at {public[0]}: anyone on the "
+            "network could read and change everything, and replace the page "
+            "that asks for the passphrase", "--cert FILE --key FILE; or a "
             "proxy with https in front of 127.0.0.1; or --plain-http",
             EXIT_USAGE)
     for text in options.names:
@@ -26985,7 +27044,7 @@ def serve_dashboard(options: Invocation, listeners: list,
         notifier.stop()
         dashboard.stop()
     if dashboard.broken:
-        raise Error(f"the dashboard cannot go on: {dashboard.broken}")
+        raise Error(f"the dashboard cannot continue: {dashboard.broken}")
 
 
 def log_dashboard(options: Invocation, text: str) -> None:
@@ -27039,8 +27098,8 @@ def log_addresses(options: Invocation, server: HttpServer,
                    f"{server.certificate.fingerprint}")
     if options.plain_http and not server.certificate \
             and not all(map(is_loopback, server.addresses)):
-        server.log("warning: this is plain http: whoever is on the way can "
-                   "read and change all of it")
+        server.log("warning: this is plain http: anyone on the network can "
+                   "read and change everything")
     notify_manager("READY=1")
     where = public_url(options, tcp_places(server.listeners))
     if founding:
@@ -27057,7 +27116,7 @@ def back_up(options: Invocation) -> int:
     options.reject_others(("db", "backup", "user"), "dashboard --backup")
     path = dashboard_db(options)
     if not os.path.exists(path):
-        raise Error(f"{path} is not there", "--db FILE")
+        raise Error(f"{path} does not exist", "--db FILE")
     dashboard = Dashboard(path, options.machine.clock)
     dashboard.backup(os.path.abspath(options.backup))
     return EXIT_OK
@@ -27723,7 +27782,7 @@ JOIN, SHOW, LEAVE
   -d token list, -d token revoke NAME
       List the access tokens with the time of their creation and last use; make
       one invalid.
-  -d off
+  -d leave
       Leave the dashboard. A lost passphrase: leave, and `koitab -d new`.
 
 A passphrase is stored nowhere. Anyone with it can run the @manual jobs of all
@@ -29094,7 +29153,7 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         topic="dashboard"),
     "-d": Command(
         command_enrollment, DASHBOARD, "join, show or leave a dashboard",
-        ("new [URL]", "join URL", "show", "rotate", "off",
+        ("new [URL]", "join URL", "show", "rotate", "leave",
          "token new|list|revoke [NAME]"),
         ("action", "role", "ca", "plain_http"),
         "new makes a dashboard (default: http://127.0.0.1:8077) and prints "
@@ -29102,14 +29161,14 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         "the passphrase from the terminal or standard input; show prints how "
         "the connection is; rotate makes a new passphrase and new keys: the "
         "dashboard refuses the old ones at once, and each other host must "
-        "join again, while access tokens stay valid; off leaves the "
-        "dashboard; token makes, lists or revokes an access token, with the "
+        "join again, while access tokens stay valid; leave ends the "
+        "membership; token makes, lists or revokes an access token, with the "
         "passphrase.",
         examples="koitab -d new\nkoitab -d join https://koi.example.com:8077\n"
         "koitab -d token new prometheus --role metrics",
         topic="dashboard"),
     "page": Command(
-        command_page, DASHBOARD, "print the page, to open from disk",
+        command_page, DASHBOARD, "print the page as one file",
         ("[URL]",), text="The code of a page that was opened from disk never "
         "comes from the server. URL is the dashboard's (default: the one of "
         "this machine).",
@@ -29196,7 +29255,7 @@ def overview() -> str:
                              for each in own) + " a tab"
         heading = command.group if command.group != group else ""
         group = command.group
-        rows.append(f"{heading:11}{typed:34}{text}\n")
+        rows.append(f"{heading:11}{typed:36}{text}\n")
     return (f"{PROG}: {TITLE}.\n"
             f"Usage: {PROG} COMMAND [OPTION]... [ARGUMENT]...\n"
             f"{''.join(rows)}{PROG} help COMMAND shows options and examples. "
@@ -29305,6 +29364,8 @@ def select_command(options: Invocation,
     if operations:
         name = OPTIONS[operations[0]].names[0]
         value = getattr(options, operations[0])
+        if operations == ["action"] and value == "off":
+            value = "leave"     # its name before koi 1.0
         return name, [value, *words] if isinstance(value, str) else words
     if options.called == "koid":
         return "daemon", words[words[:1] == ["daemon"]:]
@@ -29327,8 +29388,10 @@ def check_arguments(name: str, words: list[str]) -> None:
                 return
             raise Error(f"missing argument {argument}", hint, command.status)
         if argument.islower() and words[place] not in argument.split("|"):
-            raise Error(f"unexpected argument {short(words[place])} (expected "
-                        f"{argument.replace('|', ', ')})", "", command.status)
+            what = "unknown action" if name == "-d" else "unexpected argument"
+            expected = join_words(argument.split("|"), "or")
+            raise Error(f"{what} {short(words[place])} (expected {expected})",
+                        "", command.status)
     if len(words) > len(wanted) and not usage.endswith("..."):
         if command.group == CRONTAB and name != "-":
             raise usage_error("no arguments permitted after this option")

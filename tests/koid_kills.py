@@ -39,7 +39,7 @@ MINUTE = 60
 NOON = 1_795_348_800    # 2026-11-22 12:00:00 UTC; the clock stands still
 PATIENCE = 30           # seconds for what should take one
 KOITAB = support.load("koitab")
-BUSY = "already runs"   # a supervisor that has not begun holds the lock
+BUSY = "already running"    # a supervisor that has not begun holds the lock
 
 
 class Faulty(Exception):

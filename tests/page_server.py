@@ -47,9 +47,9 @@ Shop|Clean carts|40 3 * * *|At 03:40|psql -c "delete from carts where old"
 System|Rotate logs|25 6 * * *|At 06:25|logrotate /etc/logrotate.conf
 System|Renew certificates|17 4,16 * * *|At 04:17 and 16:17|certbot renew -q
 System|Security updates|0 6 * * *|At 06:00|apt-get -q update
-|Say Hi|@manual|When asked for|~/tweet.sh {{To Handle}} {{Delay, int, 0}}\
+|Say Hi|@manual|By hand|~/tweet.sh {{To Handle}} {{Delay, int, 0}}\
  {{Emoji, bool}}
-|Restart web|@manual|When asked for|systemctl restart {{Unit,\
+|Restart web|@manual|By hand|systemctl restart {{Unit,\
  choice(nginx|php-fpm|redis), nginx}}
 |Warm cache|@reboot|When the machine starts|/opt/shop/bin/warm
 """.splitlines()
@@ -137,7 +137,7 @@ class World:
                 "skew": 43.0 if name == "mail" else 0.1, "version": "1.0",
                 "key": koitab.key_id(key), "since": self.now - 9e6,
                 "snoozed": 0,
-                "problems": ["/etc/cron.d/old:3: hour is 0 to 23, not '24'"]
+                "problems": ["/etc/cron.d/old:3: expected 0 to 23, found '24'"]
                 if name == "db1" else []}
 
     def make_jobs(self, many: bool):
@@ -257,9 +257,9 @@ class World:
     def make_special(self):
         """Jobs for the harder pictures: 4 MiB, live, every type."""
         web1 = VECTOR["host"]
-        self.add_job(web1, "Office|Write a message|@manual|When asked for|"
-                     "~/tweet.sh --to={{To Handle}} {{Message}} {{Delay}} "
-                     "{{Emoji \U0001f603}} {{Tone}} {{Not before}} {{Token}}",
+        self.add_job(web1, "Office|Write a message|@manual|By hand|~/tweet.sh "
+                     "--to={{To Handle}} {{Message}} {{Delay}} {{Emoji "
+                     "\U0001f603}} {{Tone}} {{Not before}} {{Token}}",
                      params=ALL_TYPES)
         self.every_type = max(self.jobs)
         self.add_job(web1, "Shop|Import catalogue|0 1 * * *|At 01:00|"
@@ -586,7 +586,7 @@ class Page(http.server.BaseHTTPRequestHandler):
                 "text/html; charset=utf-8", Content_Encoding="gzip",
                 Content_Security_Policy=koitab.page_policy_of(page))
         if parts[:2] != ["api", "v1"]:
-            return self.refuse(404, "there is nothing here")
+            return self.refuse(404, "not found")
         if parts[2] == "salt":
             return self.salt()
         role = self.role()
@@ -600,7 +600,7 @@ class Page(http.server.BaseHTTPRequestHandler):
             if method == "POST" and role != "operator":
                 return self.refuse(403, "a viewer can only read")
             if not handler:
-                return self.refuse(404, "there is nothing here")
+                return self.refuse(404, "not found")
             return handler(parts[3:], query if body is None else body)
         except (KeyError, StopIteration):
             return self.refuse(404, "no such thing")

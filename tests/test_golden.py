@@ -1196,7 +1196,7 @@ def made_up_history(dash: str) -> list[dict]:
         "v": 1, "dash": dash, "host": HOST, "key": "0" * 16,
         "name": "web1", "at": 1, "jobs": [
             job("backup"), job("rotate", section="", when="@daily"),
-            job("say", when="@manual", words="When asked for", params=[
+            job("say", when="@manual", words="By hand", params=[
                 {"name": "To", "type": "string", "default": None,
                  "choices": []}])]})
     return [

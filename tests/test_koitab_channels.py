@@ -233,7 +233,7 @@ def test_token_of_ntfy_is_sent_as_the_password_of_an_empty_user(
 
 
 @pytest.mark.parametrize("status, words", [
-    (500, "it answered 500"), (404, "it answered 404"),
+    (500, "HTTP status 500"), (404, "HTTP status 404"),
     (302, "redirects are not followed")])
 def test_failed_delivery_is_repeated_for_a_day(quiet, listener, status, words):
     quiet.channel("webhook", listener.url)
@@ -352,7 +352,7 @@ def test_error_of_sendmail_is_shown_with_its_channel(
     deliver(dashboard)
     channel, = dashboard.ask(
         dashboard.dashboard.alerts.list_channels, "operator")["channels"]
-    assert channel["error"] == "sendmail says no route"
+    assert channel["error"] == "sendmail failed: no route"
 
 
 @pytest.mark.parametrize("kind, target", [
@@ -387,7 +387,7 @@ def test_failed_test_notification_is_not_repeated(quiet, listener):
     assert quiet.ask(alerts.test_result, test) is None
     deliver(quiet)
     assert quiet.ask(alerts.test_result, test) == {
-        "id": channel, "delivered": False, "error": "it answered 500"}
+        "id": channel, "delivered": False, "error": "HTTP status 500"}
     assert quiet.rows("select * from notifications") == []
 
 
@@ -857,7 +857,7 @@ def test_digest_and_test_leave_the_fields_of_an_alert_empty(quiet, listener):
     ({"body": '{"a": "{{}}"}'}, 'placeholder ""'),
     ({"body": '{"a": {{title}}}'}, "not JSON"), ({"body": "{"}, "not JSON"),
     ({"body": '{"a": "{{text:many}}"}'}, "not JSON"),
-    ({"body": 1}, "body is of the wrong kind"),
+    ({"body": 1}, "body has the wrong type"),
     ({"headers": {"A b": "x"}}, 'an invalid "A B"'),
     ({"headers": {"A": "x\r\nB: y"}}, 'an invalid "A"'),
     ({"headers": {"A": "é"}}, 'an invalid "A"'),

@@ -170,10 +170,11 @@ def test_invalid_tab_is_not_installed_and_every_error_is_reported(
     done = type_in("-", stdin="61 * * * * a\n@dayly b\n5-1 * * * * c\n")
     assert (done.code, done.out, koid.text) == (1, "", "before\n")
     assert done.err == '''\
--:1:1: bad minute: minute is 0 to 59, not "61"
--:2:1: bad time specifier: unknown "@dayly" (@daily)
--:3:1: warning: odd minute: "5-1" runs backwards and never comes (5-59,0-1)
--:3:1: warning: odd schedule: it never runs
+-:1:1: bad minute: expected 0 to 59, found "61"
+-:2:1: bad time specifier: unknown "@dayly" (did you mean @daily?)
+-:3:1: warning: odd minute: "5-1" ends before it begins, so it never matches \
+(5-59,0-1)
+-:3:1: warning: odd schedule: the job never runs
 errors in crontab file, can't install.
 '''
 
@@ -438,7 +439,7 @@ def swap_large(path: str) -> None:
 
 
 @pytest.mark.parametrize("swap, why", [
-    (swap_link, "it is a link"), (os.mkfifo, "not a regular file"),
+    (swap_link, "a symbolic link"), (os.mkfifo, "not a regular file"),
     (os.mkdir, "not a regular file"), (swap_large, "larger than"),
     (lambda path: None, "it was removed")])
 def test_replaced_draft_is_refused_before_it_is_read(swap, why):
@@ -457,7 +458,7 @@ def test_draft_owned_by_another_user_is_not_read():
     draft = koitab.EditSession(koitab.Invocation(koitab.Machine()), "")
     try:
         os.chown(draft.path, support.ALICE_UID, -1)
-        with pytest.raises(koitab.Error, match="its owner is uid 1500"):
+        with pytest.raises(koitab.Error, match="owned by uid 1500"):
             draft.text()
     finally:
         draft.remove()
@@ -518,15 +519,16 @@ def test_job_gets_the_given_values_and_the_defaults_of_the_others(run, koid):
     (["x"], 'unexpected argument "x"'),
     (["To Handl=x"], 'no argument "To Handl"\nkoitab: hint: did you mean '
      '"To Handle"?'),
-    (["N=1", "N=2", "To Handle=x"], '"N" is given twice'),
-    (["To Handle=x", "N=five"], '"N": an int is 1 to 18 digits'),
-    (["To Handle=x", "N=\uff15"], '"N": an int is'),
-    (["To Handle=x", "How=c"], '"How": choose one of a|b'),
-    (["To Handle=x", "Loud=yes"], '"Loud": a bool is true or false'),
+    (["N=1", "N=2", "To Handle=x"], 'duplicate argument "N"'),
+    (["To Handle=x", "N=five"],
+     '"N": expected a whole number of at most 18 digits'),
+    (["To Handle=x", "N=\uff15"], '"N": expected a whole number'),
+    (["To Handle=x", "How=c"], '"How": expected one of a|b'),
+    (["To Handle=x", "Loud=yes"], '"Loud": expected true or false'),
     (["To Handle=a\x1bb"], "control character"),
-    (["To Handle=\udcff"], "it is not UTF-8"),
-    ([], 'no value for "To Handle"\nkoitab: hint: koitab run NAME '
-     '"To Handle=..."')])
+    (["To Handle=\udcff"], "not valid UTF-8"),
+    ([], 'missing argument "To Handle"\nkoitab: hint: koitab run '
+     "'Say Hi' 'To Handle=VALUE'")])
 def test_invalid_argument_is_refused(run, koid, words, said):
     done = run("Say Hi", *words)
     assert (done.code, done.out) == (2, "")
@@ -535,16 +537,15 @@ def test_invalid_argument_is_refused(run, koid, words, said):
 
 
 def test_hint_for_a_missing_secret_does_not_put_it_on_the_command_line(run):
-    assert run("Pw").err == ('koitab: error: no value for "Pin"\n'
-                             'koitab: hint: koitab run NAME "Pin=-"\n')
+    assert run("Pw").err == ('koitab: error: missing argument "Pin"\n'
+                             'koitab: hint: koitab run Pw Pin=-\n')
 
 
 def test_secret_on_the_command_line_is_refused(run, koid):
     done = run("Pw", "Pin=hunter2")
     assert (done.code, done.out, done.err) == (
-        2, "", 'koitab: error: "Pin" is secret, but every user can read '
-        "command lines\nkoitab: hint: Pin=- for standard input, or none for a "
-        "prompt\n")
+        2, "", 'koitab: error: "Pin" is secret, but other users can read '
+        "command lines\nkoitab: hint: koitab run Pw Pin=-\n")
     assert [op for op, _ in koid.asked] == ["jobs"]
 
 
@@ -559,7 +560,7 @@ def test_job_is_found_by_each_of_its_names(run, koid, name, tag_of):
 @pytest.mark.parametrize("name, said", [
     ("3", 'error: 3 is not the name of a job; the job on line 3 is "Plain"\n'
      "koitab: hint: koitab run " + koitab.parse_tab(FORM).jobs[1].tag),
-    ("Plain", 'error: 2 jobs are called "Plain": Bots/Plain, Other/Plain'),
+    ("Plain", 'error: 2 jobs are named "Plain": Bots/Plain, Other/Plain'),
     ("Say Hj", 'no job named "Say Hj"\nkoitab: hint: did you mean "Say '
      'Hi"?')])
 def test_unknown_or_ambiguous_job_is_refused(run, name, said):
@@ -570,8 +571,8 @@ def test_unknown_or_ambiguous_job_is_refused(run, name, said):
 
 @pytest.mark.parametrize("name, owner, meant", [
     ("Deploy", "root", 1), ("Deploy", "alice", 0), ("Hers", "alice", 2),
-    ("Hers", "root", "root has no job \"Hers\""),
-    ("Hers", "", 2), ("Deploy", "", '2 jobs are called "Deploy"'),
+    ("Hers", "root", "root has no job named \"Hers\""),
+    ("Hers", "", 2), ("Deploy", "", '2 jobs are named "Deploy"'),
     ("None", "root", 'no job named "None"')])
 def test_job_of_the_named_user_is_run(name, owner, meant):
     jobs = [{"name": name, "user": user, "line": 1, "section": "",
@@ -597,7 +598,7 @@ def test_standard_input_that_is_not_text_is_refused(run, koid):
 def test_missing_values_are_prompted_for_on_a_terminal(run, koid):
     done = run("Say Hi", "N=2", stdin="a\x1bb\n@bob\n", terminal=True)
     assert done.code == 0
-    assert done.err == ("To Handle:   it has a control character\n"
+    assert done.err == ("To Handle:   contains a control character\n"
                         "To Handle: ")
     assert koid.asked[-1][1]["args"] == {**USUAL, "N": "2",
                                          "To Handle": "@bob"}
@@ -606,7 +607,7 @@ def test_missing_values_are_prompted_for_on_a_terminal(run, koid):
 def test_prompt_without_an_answer_starts_no_run(run, koid):
     done = run("Say Hi", stdin="", terminal=True)
     assert done.code == 1
-    assert "so nothing ran" in done.err
+    assert "so the job was not started" in done.err
     assert [op for op, _ in koid.asked] == ["jobs"]
 
 
@@ -656,8 +657,8 @@ def test_output_is_printed_to_the_stream_the_job_wrote_to(run, cut):
     ({"exit": None, "signal": 33}, 161, "killed by signal 33"),
     ({"exit": None, "signal": 15, "reason": "timeout after 10m0s"}, 143,
      "timeout after 10m0s"),
-    ({"exit": None, "reason": "the last run was still running"}, 1,
-     "the last run was still running")])
+    ({"exit": None, "reason": "the previous run was still running"}, 1,
+     "the previous run was still running")])
 def test_run_exits_with_the_status_of_the_job(run, end, status, said):
     done = run("Bots/Plain", **end)
     assert (done.code, done.out) == (status, "")
@@ -685,7 +686,7 @@ def test_first_two_interrupts_reach_the_job_and_the_third_detaches(capsys):
         follower.on_signal(2, None)
         assert capsys.readouterr().err == ""
         follower.on_signal(2, None)
-        assert "once more" in capsys.readouterr().err
+        assert "press Ctrl-C again" in capsys.readouterr().err
         with pytest.raises(koitab.Detached):
             follower.on_signal(2, None)
         assert theirs.recv(9) == bytes([2, 15])
@@ -771,10 +772,10 @@ def test_json_on_a_terminal_has_escaped_controls_and_equal_values(capsys):
     ({"state": "missed", "count": 12}, "missed x12"),
     ({"state": "missed"}, "missed"),
     ({"state": "interrupted"}, "interrupted"),
-    ({"state": "skipped", "reason": "the last run was still running"},
-     "skipped: the last run was still running"),
+    ({"state": "skipped", "reason": "the previous run was still running"},
+     "skipped: the previous run was still running"),
     ({"state": "unstartable", "reason": "no such user"},
-     "not started: no such user"),
+     "failed to start: no such user"),
     ({"state": "running"}, "running"), ({"state": "queued"}, "queued")])
 def test_result_of_a_run_is_described_in_words(changes, words):
     assert koitab.result_words(a_run(**changes)) == words
@@ -831,7 +832,7 @@ def test_history_requests_pages_until_it_has_enough_runs(
 def test_history_without_runs_says_so(type_in):
     done = type_in("history")
     assert (done.code, done.out) == (0, "")
-    assert done.err == "koitab: no run is remembered\n"
+    assert done.err == "koitab: no runs recorded\n"
     assert type_in("history", "--json").out == "[]\n"
 
 
@@ -908,7 +909,7 @@ next      2001-09-09T01:46:40+00:00
 
 @pytest.mark.parametrize("what, said", [
     ({"late": ["backup"]}, "late      backup"),
-    ({"problems": ["the disk is full"]}, "trouble   the disk is full"),
+    ({"problems": ["the disk is full"]}, "problem   the disk is full"),
     ({"tab": {"user": "a", "jobs": 0, "problems": ["tab:1:1: bad minute"]}},
      "          tab:1:1: bad minute"),
     (a_run(9, exit=3), "failed    backup: exit 3 at 2001-09-09T01:46:40+00:00"
@@ -945,7 +946,7 @@ def test_problem_of_the_tab_is_shown_once(type_in, koid):
     koid.state["problems"] = ["/h/tabs/me:1:1: bad minute", "another"]
     done = type_in("status")
     assert done.out.count("bad minute") == 1
-    assert "trouble   another\n" in done.out
+    assert "problem   another\n" in done.out
 
 
 # --- next, of what is installed -------------------------------------------
@@ -1082,7 +1083,7 @@ def test_imported_assignments_do_not_apply_to_the_next_file(imported):
     ("@dayly x", "bad time specifier"), ('A="x" # c', "bad minute"),
     ("* * * * * cat%{{x, int}}", "bad argument"),
     ("CRON_TZ=Mars/City", "unknown time zone"), ("\r", "bad minute"),
-    ("[Section]", "no line of cron's")])
+    ("[Section]", "not a valid line for cron")])
 def test_import_keeps_an_invalid_line_as_a_comment(imported, line, reason):
     done = imported(("crontab of root", f"{line}\n@daily y\n", False))
     assert live(done.out) == ["[crontab of root]", "@daily y"]
@@ -1362,13 +1363,13 @@ def test_property_list_of_the_dashboard_has_its_arguments(
      "--url is not an option of koitab run without --on"),
     (["dashboard", "--backup", "f", "--name", "h"],
      "--name is not an option of koitab dashboard --backup"),
-    (["unit", "x"], 'unexpected argument "x" (expected daemon, dashboard)'),
+    (["unit", "x"], 'unexpected argument "x" (expected daemon or dashboard)'),
     (["unit", "daemon", "--db", "x"],
      "--db is not an option of koitab unit daemon"),
     (["unit", "dashboard", "--system"],
      "--system is not an option of koitab unit dashboard"),
-    (["completion", "csh"], '"csh" (expected bash, zsh, fish, names)'),
-    (["-d"], "missing argument new|join|show|rotate|off"),
+    (["completion", "csh"], '"csh" (expected bash, zsh, fish or names)'),
+    (["-d"], "missing argument new|join|show|rotate|leave"),
     (["source", "Page", "x"], 'unexpected argument "x"'),
     (["history", "--nope=x"], "unknown option --nope\n"),
     (["history", "--num", "3"], "unknown option --num\n"),
@@ -1445,7 +1446,7 @@ def test_bash_completes_commands_options_and_jobs(
 @pytest.mark.parametrize("url, words", [
     ("https://koi.example", ""), ("http://127.0.0.1:877", ""),
     ("http://127.0.0.1:8077", "any user of this machine"),
-    ("http://koi.example:877", "anybody on the way")])
+    ("http://koi.example:877", "anyone on the network")])
 def test_page_command_warns_of_a_plain_http_url(type_in, url, words):
     done = type_in("page", url)
     assert done.code == 0 and f'"{url}"' in done.out

@@ -150,7 +150,7 @@ def test_claims_process_gets_contents_and_no_paths(tmp_path):
     ({"urls": ["h1:2379"]}, "invalid URL: expected https://HOST:2379"),
     ({"urls": ["https://h1/x"]}, "invalid URL"),
     ({"urls": ["https://h1:x"]}, "invalid URL"),
-    ({"urls": ["https://h1", "http://h2"]}, "anybody on the way"),
+    ({"urls": ["https://h1", "http://h2"]}, "anyone on the network"),
     ({"key": ""}, "--etcd-cert needs"), ({"cert": ""}, "--etcd-cert needs"),
     ({"password": ""}, "--etcd-user needs"), ({"user": ""}, "--etcd-user"),
     ({"ca": "/no/such"}, "/no/such: No such file"),

@@ -590,7 +590,7 @@ def test_host_keeps_at_most_500_jobs_and_no_user_displaces_others(
     assert {"root", "bob", "alice"} == set(users)
     host, = dashboard.state["hosts"]
     assert host["problems"] == [
-        "202 jobs not shown: this dashboard takes 500 of a host (koitab "
+        "202 jobs not shown: this dashboard accepts 500 of a host (koitab "
         "dashboard --jobs N)"]
     # Other jobs come first: those that are not shown now are not removed.
     dashboard.sync(web1, list=dashboard.list_of(
@@ -617,7 +617,7 @@ def test_newer_of_two_koids_with_one_host_id_is_accepted(dashboard, web1):
     dashboard.sync(web1, instance="2000-aaaaaaaa")
     with refused(409) as refusal:
         dashboard.sync(web1, instance="1000-bbbbbbbb")
-    assert refusal.message == "another koid uses this host's identity"
+    assert refusal.message == "duplicate host ID: another koid uses it"
     assert dashboard.state["hosts"][0]["state"] == "duplicate"
     dashboard.sync(web1, instance="2000-aaaaaaaa")
     dashboard.sync(web1, instance="3000-cccccccc")      # a restart

@@ -72,7 +72,7 @@ python script.py: Every hour
     2026-03-28T13:00:00+01:00 (in 59 min)
     2026-03-28T14:00:00+01:00 (in 1 h)
 [Admin]
-Say Hi: When asked for
+Say Hi: By hand
 Night: At 02:30
     2026-03-29T03:00:00+02:00 (in 13 h)
     2026-03-30T02:30:00+02:00 (in 37 h)
@@ -317,7 +317,7 @@ def test_check_of_an_invalid_tab_fails_and_reports_every_error(type_in):
     assert [line.split(": ")[0] for line in lines] == [
         "tab:1:1", "tab:2:3", "tab:3:1", "tab:3:1", "tab:4:9",
         "Invalid crontab file. Syntax issues were found."]
-    assert "tab:2:3: bad hour: hour is 0 to 23, not \"24\" (midnight is " \
+    assert "tab:2:3: bad hour: expected 0 to 23, found \"24\" (midnight is " \
         "hour 0)" in lines
     assert ": warning: " in lines[2]
 

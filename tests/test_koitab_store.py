@@ -410,7 +410,7 @@ def test_history_survives_a_full_file_system(tmp_path):
 
 def test_database_of_another_program_or_version_is_refused_unchanged(path):
     """The database of a dashboard, and a history of an older koi."""
-    for pragma, words in (("application_id=7", "not a history of koi's"),
+    for pragma, words in (("application_id=7", "not a koi history"),
                           ("user_version=0", "an older koi")):
         path.unlink(missing_ok=True)
         filled(path)

@@ -145,7 +145,8 @@ def test_invalid_line_drops_only_itself():
 def test_invalid_dates_are_named(value, why):
     error, = tab(f"KOI_SKIP={value}\n").errors()
     assert (error.why, error.hint) == (
-        f"KOI_SKIP: {why}", "2026-12-24..2027-01-01,2027-05-01")
+        f"KOI_SKIP: {why}",
+        "expected dates such as 2026-12-24..2027-01-01,2027-05-01")
 
 
 def test_every_error_is_reported_in_one_pass():
@@ -159,21 +160,21 @@ def test_hint_names_the_fix():
 
     assert hint("5/10 * * * * x") == "5-59/10"
     assert hint("* 24 * * * x") == "midnight is hour 0"
-    assert hint("@Daily x") == "@daily"
+    assert hint("@Daily x") == "did you mean @daily?"
     assert hint("* * * january * x") == "did you mean jan?"
     assert "five columns" in hint("* * * * * * x")
     assert "5 minutes: */5 * * * *" in hint("@every 5m x")
     assert "days 28-31" in hint("0 0 L * * x")
     assert "second Friday" in hint("0 0 * * 5#2 x")
     assert "1-5 in the last column" in hint("0 0 15W * * x")
-    assert hint("5 * * * echo hi") == "five columns, then the command"
+    assert hint("5 * * * echo hi") == "30 2 * * * COMMAND"
 
 
 @pytest.mark.parametrize("text, where, why", [
     ("5 * * * echo hi", (9, "bad day-of-week"),
-     "a schedule has 5 columns, 4 found"),
+     "expected 5 columns before the command, found 4"),
     ("5 * /usr/bin/x a b", (5, "bad day-of-month"),
-     "a schedule has 5 columns, 2 found"),
+     "expected 5 columns before the command, found 2"),
     ("[Unclosed", (10, "bad section"), "missing ]"),
     ("\ufeff* * * * * x", (1, "bad minute"),
      "the line begins with a byte order mark (BOM)"),
@@ -205,14 +206,14 @@ def test_follower_knows_the_job_that_it_follows():
     ('"Nightly" @daily a\n "B"  @after  "Nigtly" b\n', 2, 15,
      'no job named "Nigtly"', 'did you mean "Nightly"?'),
     ('"A" @daily a\n[S]\n"A" @daily a\n"B" @after "A" b\n', 4, 12,
-     '"A" is the name of 2 jobs', '@after "/A"'),
+     '2 jobs are named "A"', '@after "/A"'),
     ('"A" @after "A" a\n', 1, 12, "form a cycle", ""),
     ('61 * * * * a\n"A" 61 * * * * a\n"B" @after "A" b\n', 3, 12,
      'no job named "A"', ""),
     ('"B" @after A b\n', 1, 12, "in quotes", '"Report" @after'),
-    ('"B" @after "" b\n', 1, 13, "the name is empty", ""),
+    ('"B" @after "" b\n', 1, 13, "empty name", ""),
     ('"A" @daily a\n"B" @after "A" b {{N, int}}\n', 2, 18,
-     "it needs a default", ""),
+     "missing default", ""),
 ])
 def test_follower_without_one_valid_job_is_rejected(text, line, column, why,
                                                     hint):
@@ -531,13 +532,13 @@ def test_valid_line_gets_no_warning(line):
     ("x $(case y in z) echo;; esac; echo {{a}})", "in $(..)"),
     ("x $(echo ')' {{a}})", "in $(..)"),
     ("x `echo \\`y\\` {{a}}`", "in backquotes"),
-    ("x " + "$(" * 60 + "{{a}}", "nested too deep"),
-    ("x " + "(" * 60 + "{{a}}", "nested too deep"),
+    ("x " + "$(" * 60 + "{{a}}", "nested too deeply"),
+    ("x " + "(" * 60 + "{{a}}", "nested too deeply"),
 ])
 def test_placeholder_is_rejected_where_the_shell_reads_no_word(command, place):
     line = f"@manual {command}\n"
     found = tab(line).errors()
-    assert found[-1].why == f"it is {place}"
+    assert found[-1].why == f"the argument is {place}"
     assert found[-1].column == line.rindex("{{") + 1
     assert found[-1].hint
     # The same in a scheduled job, and in a tab that was edited by hand.
@@ -665,7 +666,7 @@ def test_type_accepts_valid_and_rejects_invalid_values(kind, good, bad):
 @pytest.mark.parametrize("default", [None, "x"])
 def test_value_may_be_empty_only_where_the_default_is(kind, default):
     assert koitab.Parameter("A", kind, default).value_error("") \
-        == "the value is empty"
+        == "empty value"
     assert koitab.Parameter("A", kind, "").value_error("") == ""
 
 
@@ -678,7 +679,7 @@ def test_value_may_be_empty_only_where_the_default_is(kind, default):
     ("perl -ne 'x' {{a}}", "perl -e"), ("/usr/bin/awk {{a}} f", "awk"),
     ("echo {{a}} | sh", "sh"), ("[[ {{a}} -eq 1 ]] && x", "[["),
     ("let x={{a}}", "let"), ("read {{a}}", "read"),
-    ("sudo {{a}}", "the value is the program"), ("mysql -e {{a}}", "mysql -e"),
+    ("sudo {{a}}", "runs the value"), ("mysql -e {{a}}", "mysql -e"),
     ("sudo sh -c {{a}}", "sh -c"), ("'eval' {{a}}", "eval"),
     ("{{a}} x", "the value is the program"),
     ("true; {{a}}", "the value is the program"),

@@ -224,7 +224,7 @@ def test_unusually_slow_run_is_notified_while_it_is_running(
     assert dashboard.take_notifications() == []
     alive(dashboard, web1, 3)
     assert dashboard.take_notifications() == [
-        "Night/Backup on web1 takes long"] * slow
+        "Night/Backup on web1 is running unusually long"] * slow
     alive(dashboard, web1, 300)
     dashboard.runs(web1, dashboard.record(run=runs + 1, started=NOW))
     assert dashboard.take_notifications() == [
@@ -240,7 +240,8 @@ def test_slow_run_is_notified_after_a_restart_of_the_dashboard(
     access = reopened.principal_of(koitab.sha256_hex("token of " + HOST))
     reopened.sync(access)
     reopened.pass_time(1)
-    assert reopened.take_notifications() == ["Night/Backup on web1 takes long"]
+    assert reopened.take_notifications() == ["Night/Backup on web1 is running "
+                                             "unusually long"]
 
 
 @pytest.mark.parametrize("usual, took, fast", [
@@ -252,7 +253,7 @@ def test_unusually_fast_run_is_notified(dashboard, web1, usual, took, fast):
         "Night/Backup on web1 finished in 1.9s; it usually takes at least "
         "10s"] * fast
     assert dashboard.take_notifications() == [
-        "Night/Backup on web1 was suspiciously fast"
+        "Night/Backup on web1 was unusually fast"
                                               ] * fast
     dashboard.runs(web1, dashboard.record())
     assert dashboard.take_notifications() == [
@@ -273,7 +274,7 @@ def test_host_that_is_down_has_one_alert_and_its_jobs_are_unknown(
     dashboard.pass_time(89)
     assert dashboard.take_notifications() == []
     dashboard.pass_time(1)
-    assert dashboard.take_notifications() == ["web1 is silent"]
+    assert dashboard.take_notifications() == ["web1 is down"]
     assert dashboard.state["hosts"][0]["state"] == "down"
     assert {job["state"] for job in dashboard.state["jobs"]} == {"unknown"}
     for _ in range(50):
@@ -298,7 +299,7 @@ def test_host_that_may_be_down_has_no_late_jobs(dashboard, web1):
     dashboard.sync(web1)
     for _ in range(9):
         dashboard.pass_time(10)
-    assert dashboard.take_notifications() == ["web1 is silent"]
+    assert dashboard.take_notifications() == ["web1 is down"]
 
 
 def test_host_that_polls_slowly_is_not_down(dashboard, web1):
@@ -331,7 +332,7 @@ def test_hosts_have_time_to_reconnect_after_a_restart(dashboard, web1):
     reopened.pass_time(89)
     assert reopened.take_notifications() == []
     reopened.pass_time(2)
-    assert reopened.take_notifications() == ["web1 is silent"]
+    assert reopened.take_notifications() == ["web1 is down"]
     more = reopened.reopen()
     more.pass_time(200)
     assert more.take_notifications() == []        # it was told

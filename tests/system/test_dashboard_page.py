@@ -84,7 +84,7 @@ def test_viewer_sees_jobs_and_no_run_buttons(browser, stand_in):
     assert browser.js("return document.querySelectorAll('.run, .row-actions "
                       "button').length") == 0
     browser.visit(f"job/{stand_in.world.every_type}/run", ".note")
-    assert "can read, and nothing else" in browser.text(".note")
+    assert "This token is read-only" in browser.text(".note")
 
 
 @pytest.mark.parametrize("typed, read", [
@@ -959,7 +959,7 @@ def test_a_million_empty_lines_end_with_a_note(page, stand_in):
     page.wait("[...document.querySelectorAll('.line')].length > 400")
     assert page.js("return document.querySelector('.pane').lastChild"
                    ".lastChild.previousSibling.block.lines.pop().cells") == [
-        "koi: there are more lines: download them"]
+        "koi: more lines: download the output"]
     world.outputs[run] = b""
 
 
@@ -1225,7 +1225,7 @@ def test_running_job_is_killed_by_a_signed_request(page, stand_in):
     page.click(".actions .danger")
     page.click(".question .danger")
     page.wait("document.querySelector('#toast').textContent === "
-              "'The host ends it'")
+              "'The host is stopping it'")
     assert world.last_request["do"] == "kill"
     assert world.last_request["run"] == run["n"]
     run.update(state="done", exit=0, ended=time.time())

@@ -208,7 +208,7 @@ def test_viewer_sees_all_jobs_and_cannot_run_any(
             "Snooze|New check|Add)\\b/.test(text))") == [], place
     assert operator.password not in browser.text("body")
     browser.visit(f"job/{runs[0]['job']}/run")
-    browser.shows("A viewer's token can read, and nothing else.")
+    browser.shows("This token is read-only: it cannot run or change anything.")
     host = operator.host("web1")
     body = operator.sealed(host, operator.request(
         host, operator.specs(host)["Quick"], {"Who": "x"}))
@@ -579,8 +579,8 @@ def test_rotate_invalidates_the_old_passphrase_and_other_hosts_rejoin(
     done = web1_host.koitab("-d", "rotate", stdin=operator.password + "\n")
     assert done.code == 0, done
     assert re.search(r"1 other host must join again.*: web2 \(on each: "
-                     "koitab -d off; koitab -d join", done.err), done
-    browser.shows("The password was changed.")
+                     "koitab -d leave; koitab -d join", done.err), done
+    browser.shows("The passphrase was changed.")
     browser.insert("#secret", operator.password)
     browser.keys("Enter")
     browser.shows("Wrong passphrase for ")
@@ -590,7 +590,7 @@ def test_rotate_invalidates_the_old_passphrase_and_other_hosts_rejoin(
     browser.keys("Enter")
     browser.wait(job_row("Quick"))
     browser.visit("hosts")
-    other = "This host has other keys: type koitab -d join there."
+    other = "This host has old keys: type koitab -d join there."
     browser.shows(other)
     assert browser.js(
         "return [...document.querySelectorAll('.list tbody tr')].filter("
@@ -618,7 +618,7 @@ def test_host_that_left_is_no_longer_a_member_and_its_runs_are_kept(
         server, browser):
     web2 = server.hosts["web2"]
     done = web2.koitab("-d", "off")
-    assert done.code == 0 and "does not belong" in done.out, done
+    assert done.code == 0 and "has left" in done.out, done
     browser.visit("hosts")
     browser.wait(
         "[...document.querySelectorAll('.list tbody tr')].filter((row)"
@@ -762,24 +762,24 @@ def honest(firm, body):
 
 
 @pytest.mark.parametrize("name, changes, seal, why", [
-    ("Note", {}, forged, "its signature is wrong"),
-    ("Note", {}, altered, "its signature is wrong"),
-    ("Note", {}, swapped, "its signature is wrong"),
-    ("Note", {"key": "0" * 16}, honest, "it is for other keys"),
+    ("Note", {}, forged, "invalid signature"),
+    ("Note", {}, altered, "invalid signature"),
+    ("Note", {}, swapped, "invalid signature"),
+    ("Note", {"key": "0" * 16}, honest, "the request is for other keys"),
     ("Note", {"user": "somebody"}, honest, "job does not exist"),
     ("Note", {"tag": "0" * 12}, honest, "job does not exist"),
-    ("Note", {"job": "0" * 64}, honest, "the job was changed since"),
-    ("Note", {"iat": 1_000}, honest, "would be good for too long"),
-    ("Note", {"args": {}}, honest, "its arguments are not those"),
-    ("Note", {"args": {"Nonce": "x", "More": "y"}}, honest, "its arguments"),
+    ("Note", {"job": "0" * 64}, honest, "the job has changed since"),
+    ("Note", {"iat": 1_000}, honest, "is valid for too long"),
+    ("Note", {"args": {}}, honest, "the arguments do not match"),
+    ("Note", {"args": {"Nonce": "x", "More": "y"}}, honest, "the arguments"),
     ("Note", {"args": {"Nonce": "a\u0007b"}}, honest, "control character"),
     ("Note", {"args": {"Nonce": "x" * 4097}}, honest, "longer than"),
     ("Typed", {"args": {"Nonce": "x", "Times": "0x2", "Mood": "gay"}},
-     honest, "an int is"),
+     honest, "expected a whole number"),
     ("Typed", {"args": {"Nonce": "x", "Times": "2", "Mood": "wild"}},
-     honest, "choose one of"),
-    ("Daily", {"args": {}}, honest, "only jobs that are @manual"),
-    ("Typed here", {}, honest, "from a terminal only")])
+     honest, "expected one of"),
+    ("Daily", {"args": {}}, honest, "only @manual jobs"),
+    ("Typed here", {}, honest, "only be run with koitab run")])
 def test_mismatched_request_is_refused_by_koid_with_the_reason(
         firm, name, changes, seal, why):
     firm.settled()
@@ -813,7 +813,7 @@ def test_job_changed_after_the_list_is_not_run_by_the_request(firm):
     verdict = firm.answer(body)
     firm.koids[0].install(firm.tab)
     assert verdict["state"] == "refused"
-    assert "the job was changed since it was shown" in verdict["reason"]
+    assert "the job has changed since it was shown" in verdict["reason"]
     assert firm.ran(body["nonce"]) == 0
 
 
@@ -848,7 +848,7 @@ def test_compromised_dashboard_starts_no_run_by_replaying_requests(firm):
     verdicts = {nonce: firm.operator.verdict(nonce) for nonce in nonces}
     for body in fresh:
         assert verdicts[body["nonce"]]["reason"] == \
-            "it was used before, and ran once"
+            "the request was used before, and ran once"
     firm.settled()
     assert sorted(firm.done.read_text().split()) == before
     print(f"replayed {len(nonces)}, executed 0")
@@ -903,7 +903,8 @@ def test_host_restored_from_a_backup_repeats_no_request_and_continues(firm):
     firm.rows("update requests set state = 'waiting', n = null where nonce "
               "= ?", body["nonce"])
     verdict = firm.operator.verdict(body["nonce"])
-    assert verdict["reason"] == "it is older than what this host remembers"
+    assert verdict["reason"] == "the request is too old: this host cannot " \
+        "check whether it was used before"
     assert firm.ran(body["nonce"]) == 1
     count = len(firm.server.rows("select 1 from runs"))
     fresh = firm.body()

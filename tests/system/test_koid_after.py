@@ -114,7 +114,7 @@ KOI_SKIP=2026-12-24
     koi.ended("long", count=2)
     found = {run["name"]: (run["trigger"], run["state"], run["reason"],
                            run["count"]) for run in reversed(koi.history())}
-    assert found["slow"] == ("after", "skipped", "the last run was still "
+    assert found["slow"] == ("after", "skipped", "the previous run was still "
                              "running", 1)
     assert found["paused"] == ("after", "skipped", "paused", 2)
     assert found["date"] == ("after", "skipped", "date in KOI_SKIP", 2)

@@ -295,7 +295,7 @@ def test_embedded_dashboard_survives_a_reboot_and_moves_into_a_unit(computer):
                 "/etc/systemd/system/koi-dashboard.service")
     computer.do("systemctl enable --now koi-dashboard")
     wait_until(lambda: computer.run("koitab -d show").code == 0, 30, "koid")
-    assert computer.run("koitab -d off").code == 0
+    assert computer.run("koitab -d leave").code == 0
     done = computer.run("koitab -d new")
     assert (done.code, done.err) == (
         1, "koitab: error: 127.0.0.1:877: Address already in use\n"

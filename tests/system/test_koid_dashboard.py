@@ -468,7 +468,7 @@ def test_a_dashboard_that_root_starts_becomes_another_user(host, by_itself):
 
 @support.root_only
 @pytest.mark.parametrize("options, status, words", [
-    ((), 1, "dashboard.db belongs to a dashboard that ran as root\n"
+    ((), 1, "dashboard.db is the database of a dashboard that ran as root\n"
      "koitab: hint: koitab dashboard -u root\n"),
     (("--db", "of-root/db"), 1, "of-root does not belong to uid 61170: "
      "another dashboard may use it\n"

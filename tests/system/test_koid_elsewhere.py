@@ -123,7 +123,7 @@ def test_run_of_a_killed_supervisor_is_interrupted(koi):
     row = koi.end_of(run)
     os.killpg(header.job, signal.SIGKILL)
     assert (row["state"], row["reason"]) == ("interrupted",
-                                             "its supervisor was killed")
+                                             "the supervisor was killed")
 
 
 @pytest.mark.parametrize("has_boot_id", [True, False])
@@ -218,7 +218,7 @@ def test_a_shell_that_cannot_be_started_is_recorded(koi, shell, why):
     koi.start()
     row = koi.end_of(koi.launch("it"))
     assert row["state"] == "unstartable"
-    assert f"could not start: {shell}: {why}" in row["reason"]
+    assert f"failed to start: {shell}: {why}" in row["reason"]
 
 
 def test_run_is_shown_by_a_dashboard_on_the_simulated_machine(koi, tmp_path):
@@ -270,7 +270,7 @@ def test_any_exception_makes_a_run_unstartable(tmp_path, where, bug):
     try:
         row = koi.end_of(koi.launch("it"))
         assert row["state"] == "unstartable"
-        assert re.search(r"could not start: [\w']", row["reason"])
+        assert re.search(r"failed to start: [\w']", row["reason"])
         assert koi.unfinished() == []
     finally:
         koi.stop()

@@ -309,7 +309,7 @@ def test_second_koid_is_refused_and_the_first_keeps_running(koi):
     second = subprocess.run(
         koi.command("daemon"), env=koi.env, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
-    assert second.returncode == 1 and b"already runs" in second.stderr
+    assert second.returncode == 1 and b"already running" in second.stderr
     assert second.stderr.count(b"\n") == 2     # an error and its hint
     assert koi.run("job")[3]["exit"] == 0
     assert koi.ask("status")["pid"] == koi.daemon.pid
@@ -549,7 +549,8 @@ def test_clock_that_is_never_set_is_accepted_after_the_wait(koi, clock):
     clock.start(90)
     assert "clock" in refused(koi, "hand")
     clock.elapse(5 * MINUTE + 1)
-    wait_until(lambda: "not set; jobs run" in koi.problems(), 10, "a warning")
+    wait_until(lambda: "not set; running jobs" in koi.problems(), 10,
+               "a warning")
     clock.elapse(MINUTE)
     koi.ended("each")
     assert koi.run("hand")[3]["exit"] == 0

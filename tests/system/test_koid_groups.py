@@ -110,7 +110,7 @@ def test_start_is_not_repeated_if_its_host_dies_after_the_record(group):
     failed.start()
     settled(*group.hosts)
     assert rows_of(failed, due) == [
-        ("interrupted", "koid was stopped before it began")]
+        ("interrupted", "koid was stopped before the run began")]
     assert hosts_of(group, due) == []
     assert wrong_of(group, due) == []
 
@@ -128,7 +128,7 @@ def test_koid_recognizes_a_record_made_by_an_earlier_koid(group):
     host.start()
     settled(host)
     assert rows_of(host, due) == [
-        ("interrupted", "koid was stopped before it began")]
+        ("interrupted", "koid was stopped before the run began")]
     assert hosts_of(group, due) == []
 
 

@@ -225,7 +225,7 @@ def test_next_shows_pause_and_last_run(koi, clock):
         "    2026-12-25T03:00:00+00:00 (in 28 h)"]
     assert lines[3].startswith(f"    last: {started} (")
     assert " ago): exit 3, took " in lines[3]
-    assert lines[4:] == ["new: When asked for", "B: After it", "    paused"]
+    assert lines[4:] == ["new: By hand", "B: After it", "    paused"]
     it, new, follower = json.loads(type_in(koi, "next", "-n1", "--json"))
     assert it["paused"] == {"until": "2026-12-24T05:00:00+00:00"}
     assert it["next"] == ["2026-12-25T03:00:00+00:00"]

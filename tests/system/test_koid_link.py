@@ -379,8 +379,8 @@ def test_invalid_replies_are_reported_and_jobs_continue_and_no_run_is_lost(
 
 
 @pytest.mark.parametrize("status, words", [
-    (401, "does not know this host"), (403, "refuses this host"),
-    (409, "another koid")])
+    (401, "this host is not a member"), (403, "this host was refused"),
+    (409, "duplicate host ID")])
 def test_agent_refused_by_the_dashboard_stops_polling(koi, status, words):
     asked = []
 
@@ -851,7 +851,7 @@ def test_koitab_of_the_new_version_talks_to_the_old_koid(upgraded):
                  ["status"]):
         done = koitab_on(upgraded, *args)
         assert (done.code, done.err) == (0, ""), args
-    with pytest.raises(koitab.Error, match="knows no request"):
+    with pytest.raises(koitab.Error, match="unknown request"):
         upgraded.ask("of a later version")
 
 

@@ -128,7 +128,7 @@ def test_unwritable_directory_is_named(tmp_path):
     assert done.code == 1
     assert done.err.splitlines() == [
         "koitab: error: /var/lib/koi: Read-only file system",
-        "koitab: hint: KOI_HOME=DIRECTORY is another place for koi's files"]
+        "koitab: hint: set KOI_HOME to another directory"]
     done = host.run(koid, env={**path, "KOI_HOME": str(tmp_path / "koi")})
     assert (done.code, done.err) == (
         1, "koitab: error: /run/crond.pid: Read-only file system\n")

@@ -485,7 +485,7 @@ def device(path: Path, _town) -> None:
 NOT_BELIEVED = {
     "bob1": (with_mode(0o666), "chmod go-w"),
     "bob2": (with_mode(0o620), "chmod go-w"),
-    "bob3": (of_alice, "owner"), "bob4": (hard_link, "hard link"),
+    "bob3": (of_alice, "owned by"), "bob4": (hard_link, "hard link"),
     "bob5": (symbolic_link, "link"), "bob6": (fifo, "not a regular file"),
     "bob7": (folder, "not a regular file"),
     "bob8": (device, "not a regular file"),
@@ -715,7 +715,7 @@ def test_job_that_cannot_become_its_user_is_not_run(town, out, fault):
     run = town.ended()[0]
     assert run["state"] == "unstartable" and run["reason"], run
     assert run["exit"] is None and run["started"] is None
-    assert "could not start" in " ".join(reply["notes"]), reply
+    assert "failed to start" in " ".join(reply["notes"]), reply
     assert list(out.iterdir()) == []
     assert "error" not in alice.ask("history")      # it lives
 
@@ -867,7 +867,7 @@ def test_supervisor_killed_by_its_user_interrupts_only_its_run(busy):
     assert killed.code == 0, killed
     run = busy.ended("Long", user=ALICE)[0]
     assert (run["state"], run["reason"]) == (
-        "interrupted", "its supervisor was killed")
+        "interrupted", "the supervisor was killed")
     assert busy.caller(ALICE).ask("run", job="Hers")["text"] == "secret\n"
 
 
@@ -919,7 +919,7 @@ def test_run_that_waits_a_minute_for_a_process_is_unstartable(town):
     asking(town, CAROL, "Long")
     support.wait_until(lambda: processes_of(CAROL_UID) == 3, 30, "three")
     reply = asking(town, CAROL, "Second").process.stdout.readline()
-    assert b"could not start: Resource temporarily unavailable" in reply
+    assert b"failed to start: Resource temporarily unavailable" in reply
     run = town.ended("Second", user=CAROL)[0]
     assert run["state"] == "unstartable" and run["started"] is None
     assert "Resource temporarily unavailable" in run["reason"]
@@ -1615,7 +1615,7 @@ def test_status_reports_crontabs_that_no_daemon_serves(system):
     system.put(ALICE, "* * 1 1 * true\n", uid=support.ALICE_UID)
     system.start()
     said = trouble(system)
-    assert "crontabs that nobody serves" in said and "/etc/cron.d/t" in said
+    assert "crontabs that no daemon serves" in said and "/etc/cron.d/t" in said
     assert f"/{SPOOL}/{ALICE}" in said and "empty" not in said
     assert trouble(system, ALICE) == ""
     with support.stopping(fake_cron(system, "cron")):
@@ -1634,7 +1634,7 @@ def test_koid_system_refuses_and_reports_a_cron_without_a_lock(system, words):
     system.stop()
     with pytest.raises(pytest.fail.Exception):
         system.start("--system")
-    assert f"cron runs (pid {cron.pid})" in system.log()
+    assert f"cron is running (pid {cron.pid})" in system.log()
 
 
 def test_status_reports_two_running_crons(system):
@@ -1681,7 +1681,7 @@ def test_koid_refuses_to_serve_the_tabs_of_cron_while_cron_is_running(system):
     support.wait_until(system.cron_pid, 10, "cron")
     with pytest.raises(pytest.fail.Exception):
         system.start("--system")
-    assert f"cron runs (pid {cron.pid})" in system.log()
+    assert f"cron is running (pid {cron.pid})" in system.log()
     assert system.cron_pid() == str(cron.pid) and cron.poll() is None
 
 
@@ -1783,7 +1783,7 @@ def test_an_ordinary_user_cannot_serve_the_system(town):
                      HOME=str(town.place.home[ALICE])),
         stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=30)
     assert done.returncode != 0
-    assert b"only root can serve the tabs of the system" in done.stderr
+    assert b"only root can use --system" in done.stderr
 
 
 def test_ordinary_user_cannot_serve_all_users(town):

@@ -263,7 +263,7 @@ def test_random_arguments_arrive_byte_for_byte(shell, room):
 # --- the 27 contexts of a value that is put into the text -------------------
 
 QUOTES = "remove the quotes: koi quotes the value itself"
-ALONE = "make it a word of its own in the command"
+ALONE = "make it a separate word of the command"
 REFUSED = [     # the command, where the placeholder stands, the mend
     ('show "Hi {{v}}"', "in double quotes", QUOTES),
     ("show 'Hi {{v}}'", "in single quotes", QUOTES),
@@ -275,12 +275,12 @@ REFUSED = [     # the command, where the placeholder stands, the mend
     ('show "${V:-{{v}}}"', "in ${..}", ALONE),
     ("show $(({{v}}))", "in arithmetic", ALONE),
     ("cat <<EOF; {{v}}", "in a here-document",
-     "hand it to a command as a word"),
+     "pass it to a command as a word"),
     ("cat <<'EOF'; {{v}}", "in a here-document",
-     "hand it to a command as a word"),
+     "pass it to a command as a word"),
     ("show # {{v}}", "in a comment",
      "a # begins a comment; put the argument before it"),
-    (r"show \{{v}}", "after a backslash", "leave the backslash away"),
+    (r"show \{{v}}", "after a backslash", "remove the backslash"),
     ("sh -c 'show {{v}}'", "in single quotes", QUOTES),
     ('sh -c "show {{v}}"', "in double quotes", QUOTES),
     ('eval "show {{v}}"', "in double quotes", QUOTES),
@@ -288,7 +288,7 @@ REFUSED = [     # the command, where the placeholder stands, the mend
     ("python3 -c 'print(\"{{v}}\")'", "in single quotes", QUOTES),
     ("awk 'BEGIN {print \"{{v}}\"}'", "in single quotes", QUOTES),
     # Beyond the known ones: what else a shell reads twice.
-    ("show ${{v}}", "after a $", "leave the $ away"),
+    ("show ${{v}}", "after a $", "remove the $"),
     ("show $[{{v}}]", "in arithmetic", ALONE),
     ("(( {{v}} ))", "in arithmetic", ALONE),
     ("show <(show {{v}})", "in <(..) or >(..)", ALONE),
@@ -307,11 +307,11 @@ REFUSED = [     # the command, where the placeholder stands, the mend
      ">{{..}} 2>&1"),
     ("show \"${V:-'}\"; (( ${W:+\"'}\"} {{v}} ))", "in arithmetic", ALONE),
     ("show \"${V:-'}\"; eval ${W:+\"'}\"} {{v}}", "after a ' in \"${..}\"",
-     "shells read that in two ways; use other quotes"),
+     "shells disagree about this; use other quotes"),
     ("show *([ {{v}} ])", "in a pattern", ALONE),
     ("show ([ {{v}} ])", "in a pattern", ALONE),
-    ("show%{{v}}", "after %", "what follows % is the job's input; write \\% "
-     "for a percent"),
+    ("show%{{v}}", "after %", "the text after % is the job's input; write \\% "
+     "for a percent sign"),
     ("show%{{.Name}} {{v}}", "after %", "what follows % is the job's input; "
      r"write \% for a percent"),
 ]
@@ -343,8 +343,8 @@ def test_koitab_names_the_place_of_a_refused_placeholder_and_the_fix(tmp_path):
     assert done.returncode == 1
     for line, (command, place, mend) in enumerate(REFUSED, start=1):
         column = len("@manual ") + command.index("{{v}}") + 1
-        assert f"{file}:{line}:{column}: bad argument: it is {place} " \
-            f"({mend})\n" in said, command
+        assert f"{file}:{line}:{column}: bad argument: the argument is " \
+            f"{place} ({mend})\n" in said, command
     assert koitab.parse_tab(tab).jobs == []
     print(f"\n{len(REFUSED)} contexts refused, {KNOWN} of them known",
           end=" ")

@@ -70,9 +70,9 @@ WRONG = [   # what is typed, a part of what is said, the status
     (["-d", "new", "http://127.0.0.1:1", "more"], 'argument "more"', 2),
     (["-d", "show", "more"], 'unexpected argument "more"', 2),
     (["-d", "show"],
-     "belongs to no dashboard\nkoitab: hint: koitab -d new; or", 1),
-    (["-d", "off"], "belongs to no dashboard", 1),
-    (["-d", "rotate"], "belongs to no dashboard", 1),
+     "not a member of a dashboard\nkoitab: hint: koitab -d new; or", 1),
+    (["-d", "off"], "not a member of a dashboard", 1),
+    (["-d", "rotate"], "not a member of a dashboard", 1),
     (["-d", "show", "--json"], "--json is not an option of koitab -d", 2),
     (["-d", "new", "--password", "-"], "unknown option --password", 2),
     (["-d", "new", "ftp://127.0.0.1"], "not a dashboard URL", 1),
@@ -94,12 +94,12 @@ WRONG = [   # what is typed, a part of what is said, the status
     (["-d", "new", "https://127.0.0.1:1", "--ca", ""], "--ca", 1),
     (["-d", "new", "https://127.0.0.1:1", "--ca", "/dev/null"],
      "not a file of certificates", 1),
-    (["run", "--on", "web1", "Say"], "belongs to no dashboard", 1),
+    (["run", "--on", "web1", "Say"], "not a member of a dashboard", 1),
     (["run", "--on", "web1", "--url", "", "Say"], "not a dashboard URL", 1),
     (["run", "--url", "http://127.0.0.1:1", "Say"],
      "--url is not an option of koitab run without --on", 2),
     (["run", "--plain-http", "Say"], "not an option of koitab run", 2),
-    (["run", "--on", "", "Say"], "belongs to no dashboard", 1),
+    (["run", "--on", "", "Say"], "not a member of a dashboard", 1),
     (["page", "nonsense"], "not a dashboard URL", 1),
 ]
 
@@ -124,7 +124,7 @@ def test_host_that_left_joins_again_with_the_passphrase(tmp_path, loose):
         dash = re.search("#([0-9a-f]{16})$", done.out, re.M)[1]
         assert support.mode(loose.home / "keys") == 0o600
         again = loose.koitab("-d", "new", server.url)
-        assert again.code == 1 and "already\nkoitab: hint: koitab -d off" \
+        assert again.code == 1 and "koitab: hint: koitab -d leave" \
             in again.err
         assert loose.koitab("-d", "show").code == 1     # no koid is there
         assert loose.koitab("-d", "off").code == 0
@@ -199,7 +199,7 @@ def test_invalid_key_file_can_be_removed(loose):
     keys.write_text("{")
     keys.chmod(0o600)
     done = loose.koitab("-d", "show")
-    assert done.code == 1 and "koitab -d off" in done.err
+    assert done.code == 1 and "koitab -d leave" in done.err
     done = loose.koitab("-d", "off")
     assert (done.code, done.out) == (0, ""), done
     assert "removed" in done.err and not keys.exists()
@@ -372,7 +372,7 @@ def test_command_of_an_ordinary_user_for_the_koid_of_root_hints_at_sudo(
             input=b"", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             user="nobody", group="nogroup", extra_groups=[])
         assert done.returncode == 1, done
-        assert b"koid is root's\nkoitab: hint: sudo; or" in done.stderr, done
+        assert b"runs as root\nkoitab: hint: sudo; or" in done.stderr, done
 
 
 # --- run --on
@@ -391,14 +391,14 @@ def test_run_on_another_host_behaves_like_a_local_run(web1_host, ready):
 WRONG_RUNS = [
     (["web1", "Sya"],
      'no job named "Sya"\nkoitab: hint: did you mean "Say"?', 1),
-    (["web1", "Say"], 'no value for "To"', 2),
-    (["web1", "Say", "To=a", "To=b"], "given twice", 2),
+    (["web1", "Say"], 'missing argument "To"', 2),
+    (["web1", "Say", "To=a", "To=b"], "duplicate argument", 2),
     (["web1", "Say", "Of=a"], 'no argument "Of"', 2),
-    (["web1", "Say", "To=a\nb"], '"To": it has a control', 2),
-    (["web1", "Daily"], "only @manual jobs are", 1),
+    (["web1", "Say", "To=a\nb"], '"To": contains a control', 2),
+    (["web1", "Daily"], "it is scheduled, not @manual", 1),
     (["web1", "Here"], "KOI_CONFIRM=cli", 1),
-    (["web9", "Say"], 'there is no host "web9"', 1),
-    (["", "Say"], "there is no host", 1),
+    (["web9", "Say"], 'no host named "web9"', 1),
+    (["", "Say"], "no host named", 1),
     (["web1", "-u", "nobody-of-here", "Twice"],
      'nobody-of-here has no job "Twice"\nkoitab: hint: koitab run -u ', 1),
 ]
@@ -433,7 +433,7 @@ def test_host_is_identified_by_its_key_and_not_by_its_name(
         assert (done.code, done.out) == (1, ""), done
         assert done.err == (
             'koitab: error: the host that the dashboard calls "web1" is "db1"'
-            " by its own signature\nkoitab: hint: its ID, if it is meant: "
+            " by its own signature\nkoitab: hint: if this host is meant: "
             f"--on {ids['db1']}\n")
         assert db1.history() == []
         done = web1_host.koitab("run", "--on", ids["db1"], "Twice",
