@@ -28533,7 +28533,501 @@ down, has no samples.
 
 {METRICS}
 """
+FILES_TOPIC = """\
+FILES
+
+With root's koid. An ordinary user's own koid has the same names below
+~/.local/state/koi, its socket too.
+
+  /var/lib/koi/tabs/USER
+      A tab (0600).
+  /var/lib/koi/previous/USER:N
+      The last five tabs that `koitab -r` removed, or that were replaced by one
+      without all of their jobs (0600). The newest is 1. `koitab FILE` installs
+      one again. An ordinary user has them in ~/.local/state/koi/previous.
+  /var/lib/koi/history.db
+      Every run and its output (SQLite, WAL, synchronous=FULL).
+  /var/lib/koi/runs/
+      Runs that have not ended, or that koid has not stored yet.
+  /var/lib/koi/keys
+      The dashboard of this host, its token and the host key (0600). Keep it
+      out of backups that others can read.
+  /var/lib/koi/dashboard
+      The port of the dashboard that koid runs (`koitab help dashboard`).
+  /run/koi/koid.sock
+      The socket by which koitab calls koid.
+  /var/lib/koi-dashboard/dashboard.db
+      A dashboard of root: hosts, jobs, runs, output, checks, pings, requests
+      (SQLite, WAL, synchronous=FULL). /run/koi-dashboard has its socket.
+  dashboard.db.founding
+      The founding token of a dashboard without a passphrase, next to its
+      database.
+  /etc/koi.allow, /etc/koi.deny
+      Who may use koitab, as cron.allow and cron.deny, which count if neither
+      of these exists. A file that cannot be read lets nobody in.
+  /etc/environment, /etc/default/locale
+      Variables for all jobs.
+  /etc/crontab, /etc/cron.d, the spool of cron
+      Served by koid --system, which also uses cron's /run/crond.pid and
+      /run/crond.reboot. Without Linux: /var/run, cron.pid.
+
+KOI_HOME moves the state to a directory that no other user can open (mkdir -m
+0700). Tabs that others can write, symbolic links, and files of other owners
+are not used; `koitab status` names the chmod that helps. `make uninstall`
+removes the programs and their manual pages, and leaves all these files.
+
+A restored virtual machine executes each request of a dashboard at most once
+only if its history was not put back together with its memory. If history.db
+was overwritten in place (cp), koid cannot notice that, and requests could be
+repeated until they expire (5 minutes).
+
+ENVIRONMENT
+
+  KOI_HOME
+      The state directory. `koitab unit` writes it into the unit.
+  XDG_STATE_HOME
+      Instead of ~/.local/state, for an ordinary user.
+  VISUAL, EDITOR
+      The editor of `koitab -e`.
+  PAGER
+      Where `koitab help` prints to on a terminal. Default: less, or cat.
+  TZ
+      The time zone, for `koitab next --tab`.
+  NOTIFY_SOCKET, JOURNAL_STREAM, RUNTIME_DIRECTORY
+      Set by systemd for its units.
+
+PROCESSES
+
+`pgrep koid` and `ps -C koid` find koid alone. The others are called:
+
+  koi-run
+      The supervisor of a run, with the number of the run.
+  koi-agent
+      What talks to the dashboard.
+  koi-claims
+      What asks etcd (KOI_ONE_OF).
+  koi-dashboard
+      A dashboard.
+
+INSTALLING
+
+    install -m 0755 koitab.py /usr/local/bin/koitab
+    ln -s koitab /usr/local/bin/koid
+    koitab unit daemon > /etc/systemd/system/koid.service
+    systemctl enable koid && systemctl restart koid
+
+Python 3.9 or newer with its whole standard library is all it needs (Debian's
+python3; python3-minimal lacks modules, which koitab reports). The first line
+of the file starts /usr/bin/python3 -IS. Change the path if Python is
+elsewhere, and keep -IS: it keeps the caller's PYTHON* variables, the directory
+of the script and site-packages out of the imports.
+
+On macOS `koitab unit` prints a property list for launchd, which says where it
+belongs. Without systemd: `koid &`. On a machine without root's koid an
+ordinary user runs their own `koid &`, without root.
+
+OTHER SYSTEMS
+
+koid was tested on Linux, and where the lack of /proc, /run, timerfd, pidfd,
+setresuid, posix_spawn in a session and more than 16 groups is simulated; never
+on macOS or FreeBSD. There it looks at tabs and clock once a minute, and a user
+with more groups keeps 16. Where no boot ID exists (kern.bootsessionuuid,
+kern.boottime), every start counts as the same boot. A BSD whose clock was set
+takes the next start for a boot: @reboot jobs run again. What koid writes is on
+the disk after fsync(2), which on macOS leaves it in the cache of the drive.
+"""
+BEHAVIOUR_TOPIC = """\
+WHEN JOBS START
+
+Starts are those of Debian's cron: a day must satisfy both day fields if either
+begins with a star, otherwise one of them. A job whose minute or hour begins
+with a star is a wildcard job.
+
+If the local time jumps ahead by 6 minutes to 3 hours (daylight saving, or
+someone sets the clock), jobs at fixed times in the skipped time start at once,
+each as often as it would have; wildcard jobs run once. If it jumps ahead by up
+to 5 minutes, every minute is made up for. If it is set back by up to 3 hours,
+jobs at fixed times wait until the clock has caught up, so none runs twice.
+After a larger change koid starts afresh and records what was skipped as
+missed. Each time zone of CRON_TZ has its own clock with the same guarantees. A
+clock that shows a time before the last one that koid saw is not believed for 5
+minutes.
+
+koid sleeps until something is due. A clock that is set, a machine that wakes
+up, or a tab that is edited wake it. A tab that koitab installs is in force
+before the command returns; one that is edited in another way within a second,
+and from the next minute on.
+
+HOW A RUN STARTS
+
+A run is in the history, on the disk, before it starts. Its supervisor claims
+it by creating a file that can be created once, so no run starts twice, and
+keeps output and exit status there until koid has stored them. Killing,
+restarting or upgrading koid does nothing to jobs.
+
+The supervisor becomes the user before it starts the job: groups, then gid,
+then uid. It checks each, and that it cannot become root again. If any of this
+fails, the job does not run.
+
+The job gets its home as the working directory, a session of its own, umask
+022, signals at their defaults, the file descriptors 0, 1 and 2 and no other,
+and cron's environment with USER, KOI_RUN and its arguments. What follows the
+first % of the command is its input.
+
+What the tab says when a run starts is what runs. A run that waits (for the run
+before it, for a retry, for RANDOM_DELAY) is skipped if its job was removed, or
+has another schedule or command by then. Settings and variables are those of
+the tab when the run starts.
+
+OUTPUT, END AND MAIL
+
+stdout and stderr are read from two pipes and kept apart, with their times.
+What a program writes to both within a few microseconds may change its order. 1
+MiB of a run is kept, its head and its tail, and the cut is marked. A job is
+never ended because of its output.
+
+A run ends with its job. What a process that the job left behind writes within
+a second is still kept; after that it is read and dropped, so that the process
+does not block.
+
+Mail is sent by cron's rules: if there is output, MAILTO is not empty and is a
+safe address, and there is a sendmail, which runs as the user of the job. No
+mail is sent for runs by hand and their retries, or for an attempt that another
+one follows. The output is in the history in any case.
+
+`koitab kill` and KOI_TIMEOUT send SIGTERM to the processes of the job, and
+SIGKILL ten seconds later. A process that made its own session, or one that the
+job started as another user (sudo), is not reached.
+
+RESTARTS
+
+After a restart of koid, runs that are still running are adopted, and those
+that have ended since then are stored. Starts of the current minute are made.
+Earlier ones are recorded as missed, one row for each job with their number, or
+made up for with KOI_CATCHUP. A run whose supervisor was killed is interrupted,
+and is not repeated.
+
+WHAT A JOB IS
+
+A job is known by its section and name, or without a name by its schedule and
+command. Equal lines are distinguished by the assignments in force, then by
+their order. A job that only got another name or section keeps its history,
+even if koid did not run when the tab was edited. A job without a name whose
+command changes is a new job: give it a name. Runs of a job that is in no tab
+any more are removed after 30 days, and history.db uses their space again.
+
+PAUSE AND @AFTER
+
+A paused job makes no start by schedule, @after, @reboot, retry or catch-up.
+`koitab run` and the dashboard still start it, and retries of such a run are
+made. koid keeps the pause with the history of the job, so it survives a
+restart, another name and another command. `koitab status`, `koitab next` and
+the page show it. `koitab pause NAME --until TIME` ends it then: TIME is
+2026-03-29T01:30, 12h or 3d. Starts of the time before are not made up for.
+
+A job with @after starts when a run of the named job of the same tab ends with
+status 0, but not after a run by hand. A name that no job or several jobs have
+is refused, and so are jobs that follow each other in a circle. The new run is
+recorded in the transaction that records the end of the run before it, so it
+starts exactly once, even if koid is killed. Its own settings and pause apply.
+
+SHARES OF USERS
+
+Each user except the one that runs koid has a share: 256 MiB of history (or a
+twentieth of the file system if that is less; beyond it the user's oldest runs
+are removed), 500 runs that are active or wait (the next one is skipped), and
+64 connections, of whose requests koid carries out one in each turn of its
+loop. In one minute, a user who starts few runs starts before a user who starts
+many. Of one job, 100 runs may wait.
+
+`koitab run NAME` means a job of the caller, even for root; -u USER means that
+of another user. A number is not a name: it starts nothing, and the error says
+which job is on that line. Ctrl-C during `koitab run` reaches the job; a third
+one leaves the job running.
+
+A FULL DISK, A DAMAGED HISTORY
+
+If the disk is full, jobs that are due run anyway, and what is to be recorded
+waits in memory. Runs by hand are refused, and `koitab status` says so. A
+damaged history is moved aside (history.db.corrupt-DATE), never overwritten.
+
+On a terminal, output of other users and hosts is shown with its control
+characters escaped, except for colours. Into a file or a pipe it goes
+unchanged.
+
+FROM CRON TO KOID AND BACK
+
+koid serves cron's own files:
+
+    systemctl disable --now cron
+    koitab unit daemon --system > /etc/systemd/system/koid.service
+    systemctl enable koid && systemctl restart koid
+
+and back:
+
+    systemctl disable --now koid
+    systemctl enable --now cron
+
+`koid --system` reads /etc/crontab, /etc/cron.d and the users' crontabs in
+cron's spool, as well as koi's tabs, and holds cron's pid file: koid does not
+start while cron runs, nor cron while koid runs, and the start of one never
+stops the other. busybox's crond takes no lock: koid does not start while it
+runs, and `koitab status` reports one that was started later. Root's `koitab
+status` also reports crontabs that nobody serves, because no cron runs and koid
+runs without --system; a user's reports a koid of their own that serves another
+tab. The switch does not run @reboot jobs again. `crontab -e` still works.
+
+Or move the crontabs into koi's tabs, one user after the other. `koitab import`
+prints them; for root /etc/crontab and /etc/cron.d as well:
+
+    koitab import > tab
+    koitab -T tab && koitab tab && crontab -r
+
+`koitab help tab` lists what differs from Debian's cron.
+
+IN A CONTAINER
+
+`koid --container` is process 1 of a container:
+
+    FROM debian:stable-slim
+    RUN apt-get update && apt-get install -y python3
+    COPY --chmod=0755 koitab.py /usr/local/bin/koid
+    COPY tab /var/lib/koi/tabs/root
+    RUN ln -s koid /usr/local/bin/koitab && chmod -R go= /var/lib/koi
+    CMD ["koid", "--container"]
+
+It logs to stdout, gives jobs the environment of the container (also PATH; the
+tab counts before it), and takes each start for a boot: @reboot jobs run, and
+runs from before are interrupted. --system serves /etc/crontab, /etc/cron.d and
+user crontabs as well. As process 1 koid reaps what jobs leave behind, with or
+without the option. When the container stops, its jobs are killed with it.
+`docker exec NAME koitab status` shows them. Keep /var/lib/koi on a volume to
+keep the history, and /var/lib/koi-dashboard to keep a dashboard.
+
+ONE JOB ON SEVERAL HOSTS
+
+KOI_ONE_OF is for a job that must run although any one machine may be down, and
+must not run twice: the same tab on several hosts, and one of them makes each
+start. If one machine is enough, KOI_CATCHUP and a monitored host are simpler.
+The hosts decide through etcd (https://etcd.io), which needs three machines to
+survive the loss of one. They can be the same three.
+
+    KOI_ONE_OF=web
+    CRON_TZ=Europe/Berlin
+    "Nightly" 30 2 * * * /usr/local/bin/report
+
+What it promises:
+
+At most one host of the group executes a start, always: whatever fails,
+freezes, is cut off or has a wrong clock. koid starts the job only after etcd
+has recorded which host makes the start.
+
+If etcd has a quorum and a host of the group is up, one host executes the start
+within 60 seconds of the due time, or within KOI_START_WITHIN. A host that dies
+frees its claim after 20 seconds.
+
+Without a quorum nothing starts. The start is missed, with its reason. When
+etcd answers again, the record becomes elsewhere if another host ran it.
+
+What it does not promise:
+
+A host that dies after the record in etcd and before the first instruction of
+the job leaves the start interrupted in its history and elsewhere in the
+others. It is not repeated.
+
+KOI_OVERLAP looks at its own host alone: if a job takes longer than the time
+between its starts, two hosts may run it at the same time. KOI_TIMEOUT bounds
+that.
+
+A retry stays on the host that ran the first attempt, and is lost with it. A
+job with @after runs on the host that ran the job before it. Runs by hand are
+not shared. A host that was down shows one start of that time as elsewhere if
+it was the last one that the others made, and several as missed in one row,
+whichever host ran them.
+
+Rules:
+
+The hosts know a job by group, user, section, name, schedule and zone. So a job
+in a group needs a name, and a CRON_TZ unless the zone of the machine is UTC.
+@reboot and @manual are refused. ~ is picked for group and job, the same on all
+hosts. Hosts with different commands under one name share its starts, and the
+record says so. KOI_CATCHUP claims the last start that was missed.
+
+SETTING UP ETCD
+
+Three machines, here h1, h2 and h3. Once, anywhere: a certificate authority, a
+certificate for each machine, and one for koid. That one has no common name
+(CN), because etcd refuses such a certificate from koid together with a
+password.
+
+    openssl req -x509 -newkey rsa:2048 -nodes -days 3650 \\
+        -subj /CN=etcd-ca -keyout ca.key -out ca.pem
+    for h in h1 h2 h3; do
+        openssl req -newkey rsa:2048 -nodes -subj /CN=$h \\
+            -keyout $h.key -out $h.csr
+        printf 'subjectAltName=DNS:%s' $h > $h.ext
+        openssl x509 -req -in $h.csr -CA ca.pem -CAkey ca.key \\
+            -CAcreateserial -days 3650 -extfile $h.ext -out $h.pem
+    done
+    openssl req -newkey rsa:2048 -nodes -subj /O=koi \\
+        -keyout koi.key -out koi.csr
+    openssl x509 -req -in koi.csr -CA ca.pem -CAkey ca.key \\
+        -CAcreateserial -days 3650 -out koi.pem
+
+On each machine (h is its name), with $h.pem, $h.key, ca.pem, koi.pem and
+koi.key in /etc/koi-etcd; $h.key belongs to the user etcd, koi.key to root,
+both with mode 0600:
+
+    apt-get install etcd-server etcd-client
+    cluster=h1=https://h1:2380,h2=https://h2:2380,h3=https://h3:2380
+    cat > /etc/default/etcd <<END
+    ETCD_NAME=$h
+    ETCD_LISTEN_CLIENT_URLS=https://0.0.0.0:2379
+    ETCD_ADVERTISE_CLIENT_URLS=https://$h:2379
+    ETCD_LISTEN_PEER_URLS=https://0.0.0.0:2380
+    ETCD_INITIAL_ADVERTISE_PEER_URLS=https://$h:2380
+    ETCD_INITIAL_CLUSTER=$cluster
+    ETCD_CERT_FILE=/etc/koi-etcd/$h.pem
+    ETCD_KEY_FILE=/etc/koi-etcd/$h.key
+    ETCD_TRUSTED_CA_FILE=/etc/koi-etcd/ca.pem
+    ETCD_CLIENT_CERT_AUTH=true
+    ETCD_PEER_CERT_FILE=/etc/koi-etcd/$h.pem
+    ETCD_PEER_KEY_FILE=/etc/koi-etcd/$h.key
+    ETCD_PEER_TRUSTED_CA_FILE=/etc/koi-etcd/ca.pem
+    ETCD_PEER_CLIENT_CERT_AUTH=true
+    ETCD_AUTO_COMPACTION_RETENTION=1
+    END
+    systemctl restart etcd
+
+Once, on one of them, a user for koid that may use koi's keys and nothing else:
+
+    export ETCDCTL_API=3 ETCDCTL_ENDPOINTS=https://h1:2379
+    export ETCDCTL_CACERT=/etc/koi-etcd/ca.pem
+    export ETCDCTL_CERT=/etc/koi-etcd/h1.pem ETCDCTL_KEY=/etc/koi-etcd/h1.key
+    etcdctl user add root && etcdctl user grant-role root root
+    etcdctl role add koi
+    etcdctl role grant-permission koi --prefix=true readwrite /koi/v1/
+    etcdctl user add koi && etcdctl user grant-role koi koi
+    etcdctl auth enable
+
+On each machine, with koi's password in a file (0600), and then the same tab
+everywhere:
+
+    koitab unit daemon --etcd https://h1:2379 --etcd https://h2:2379 \\
+        --etcd https://h3:2379 --etcd-ca /etc/koi-etcd/ca.pem \\
+        --etcd-cert /etc/koi-etcd/koi.pem --etcd-key /etc/koi-etcd/koi.key \\
+        --etcd-user koi --etcd-password-file /etc/koi-etcd/password \\
+        > /etc/systemd/system/koid.service
+    systemctl daemon-reload && systemctl restart koid
+
+  --etcd URL
+      A member of etcd. May be repeated, once for each member.
+  --etcd-ca FILE
+      Trust these certificates for etcd instead of the system's (PEM).
+  --etcd-cert FILE, --etcd-key FILE
+      The certificate of this host for etcd, and its key (PEM; the key 0600).
+  --etcd-user NAME, --etcd-password-file FILE
+      The user of koid in etcd, and a file with the password (0600).
+  --etcd-insecure
+      Allow http for etcd, for tests: anyone on the network path could decide
+      which host runs a job.
+
+What to monitor: `koitab status` names a problem of etcd and then has the
+status 1. It shows for each job of a group which host ran it last. elsewhere
+counts as good for alerts, the run history bars and koi_job_ok. For the age of
+the last success take the newest of all hosts (`koitab help api`). Monitor
+etcd, too.
+
+The process that asks etcd (koi-claims) is not root and has no file of koi. An
+attacker who takes it over can lose starts, or let this host make one that is
+due. It can start nothing else.
+
+SIGNALS
+
+  TERM, INT
+      koid stops at once; running jobs continue.
+  HUP
+      koid reads all tabs again; a dashboard reads its certificate again.
+"""
 SECURITY_TOPIC = """\
+ON A HOST
+
+The kernel says who calls (SO_PEERCRED), not a variable. A user can edit, run,
+list and kill their own jobs and nothing else; root everything.
+
+The supervisor of a job becomes the user before it starts the job: groups, then
+gid, then uid. It checks each, and that it cannot become root again. If any of
+this fails, the job does not run.
+
+Tabs that others can write, symbolic links and files of other owners are not
+used, and the problem names the chmod that helps. The state is in directories
+that only root can enter.
+
+Arguments are values in the environment. A mistake of koi's lexer would cost a
+wrong value, never a command. Only programs that read their arguments as code
+could be made to run code, and there is a warning about those. Secret arguments
+are in no argument list, log, mail or history; the dashboard has them only
+encrypted with the key of the host.
+
+`koitab source daemon` prints what the root daemon runs after its start,
+`koitab source dashboard` what the dashboard runs, `koitab source` all
+sections.
+
+KEYS
+
+From the passphrase (100 random bits, made by koi; PBKDF2-HMAC-SHA256, 600,000
+rounds, with a salt of the dashboard) come two keys by HMAC. The operator key
+reads, forwards signed requests and administers the dashboard: channels,
+checks, hosts, rotate. It cannot sign a request. The dashboard has its SHA-256,
+as of access tokens. The run key never leaves the browser or the terminal. A
+host has only its own key, made from the run key; it cannot sign for another
+host.
+
+A host shows its jobs in a list signed with its key, so a dashboard cannot put
+the name of one job on another. The page offers Run only for what verifies.
+
+THE DASHBOARD
+
+It uses no cookies, checks Host and Origin, has a Content Security Policy that
+allows only its own script by hash, and shows everything that comes from jobs
+and hosts as text. Tokens are in headers, never in URLs, except the keys of
+pings and badges, which can do nothing else.
+
+After ten wrong keys in a minute from a network, the answers to more wrong keys
+come a second later; a right key is never refused because of wrong ones.
+Connections, heads, bodies and times have limits. A slow TLS handshake delays
+nobody else. koid follows no redirect, uses no proxy, and gives its token to no
+other host.
+
+A HOSTILE DASHBOARD
+
+A hostile dashboard, or an attacker who took it over, can read output,
+arguments that are not secret, and the texts of jobs; hide, delay or drop
+requests and records, and lie about them; try to guess the passphrase; and
+serve a page that steals the passphrase when a person types it. Against the
+last one:
+
+    koitab page > koi.html
+    koitab run --on HOST NAME
+
+A page opened from disk and a terminal run no code of the server. A hostile
+dashboard cannot run a job that is not @manual, run a job with an argument that
+nobody typed, repeat a request, or run it on another host.
+
+The process that talks to the dashboard never held the key of this host and has
+no rights, but it has the token of this host: an attacker who takes it over can
+report false runs, and can run no job.
+
+PLAIN HTTP
+
+Anyone on the network path can read all of it and change the page, with the
+passphrase that is typed there. A browser then also lacks WebCrypto: the page
+computes the keys by itself, slower, under a banner. Use TLS, or an ssh tunnel.
+On loopback koitab and koid use the Unix socket of the dashboard, so a user who
+takes its port gets nothing from them. A browser has only the port, and so does
+a page opened from disk. If you do not trust the users of the machine, give the
+dashboard a certificate.
+
 PARTIES
 
 What each party can do at worst, and the tests that prove it. To run a job
@@ -28659,6 +29153,15 @@ there. While a dashboard is down, any user of its machine can take a port from
 1024 on and serve such a page; the embedded dashboard of root's koid has a port
 below that. The output of `koitab page`, opened from disk, and `koitab run --on
 HOST` do not run code of the server.
+
+LIMITS
+
+Root can do anything. A supervisor runs as its user, who can end it; the run is
+then interrupted. A process that a job puts into a session of its own outlives
+`koitab kill`. Programs that a job runs as another user (sudo) are not ended by
+its time limit. Keep /var/lib/koi/keys out of backups that others can read. A
+lost passphrase: `koitab -d off`, then `koitab -d new`. `koitab help files`
+says what a restored machine means for requests.
 """
 STATUS_TOPIC = """\
 EXIT STATUS
@@ -28811,6 +29314,9 @@ TOPICS = {      # name: (title, text)
     "alerts": ("what raises an alert, and who is notified", ALERTS_TOPIC),
     "ping": ("checks: jobs that koid does not run", PING_TOPIC),
     "api": ("HTTP: routes, reading, Healthchecks, Prometheus", API_TOPIC),
+    "files": ("files, directories, environment, containers", FILES_TOPIC),
+    "behaviour": ("what koid does, exactly; one job on several hosts",
+                  BEHAVIOUR_TOPIC),
     "security": ("what protects whom from what", SECURITY_TOPIC),
     "status": ("exit statuses, states and results", STATUS_TOPIC),
 }
@@ -29242,6 +29748,7 @@ def synopsis(name: str, usage: str) -> str:
 def overview() -> str:
     """Return the text of `koitab --help`: at most 24 lines. The options of
     crontab(1) share one."""
+    import textwrap
     own = [name for name, command in COMMANDS.items()
            if command.group == CRONTAB and name != "-"]
     rows, group = [], ""
@@ -29258,8 +29765,9 @@ def overview() -> str:
         rows.append(f"{heading:11}{typed:36}{text}\n")
     return (f"{PROG}: {TITLE}.\n"
             f"Usage: {PROG} COMMAND [OPTION]... [ARGUMENT]...\n"
-            f"{''.join(rows)}{PROG} help COMMAND shows options and examples. "
-            f"{PROG} help TOPIC explains:\n{', '.join(TOPICS)}.\n")
+            f"{''.join(rows)}" + textwrap.fill(
+                f"{PROG} help COMMAND shows examples. {PROG} help TOPIC "
+                f"explains {', '.join(TOPICS)}.", 79) + "\n")
 
 
 def usage_line(name: str) -> str:

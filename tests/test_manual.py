@@ -267,9 +267,8 @@ def test_settings_has_every_setting_with_its_default_and_choices():
 def test_arguments_has_every_type():
     text = TEXTS["arguments"]
     types = {"string", "text", "int", "bool", "date", "secret"}
-    assert {found for found in re.findall(
-        r"^  (?:\{\{Name\}\}, )?\{\{Name, (\w+)", text, re.M)
-            } == types | {"choice"}
+    found = re.findall(r"^  (?:\{\{Name\}\}, )?\{\{Name, (\w+)", text, re.M)
+    assert set(found) == types | {"choice"}
     tab = "".join(f'"{n}" @manual x {{{{Name, {type}}}}}\n' for n, type
                   in enumerate([*types, "choice(a|b)"]))
     assert koitab.parse_tab(tab).errors() == []
@@ -289,3 +288,29 @@ def test_example_tabs_of_the_topics_are_valid(topic):
     for block in examples:
         tab = koitab.parse_tab(textwrap.dedent(block) + "\n")
         assert tab.diagnostics == [] and tab.jobs, block
+
+
+def test_files_has_every_variable_process_and_file():
+    text = TEXTS["files"]
+    variables = set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"', SOURCE)
+                    ) | {"VISUAL", "EDITOR"}
+    assert missing(variables - {"HOME"}, text) == []
+    names = set(re.findall(r'"(koi-[a-z]+)"', SOURCE)) & {
+        "koi-run", "koi-agent", "koi-claims", "koi-dashboard"}
+    assert len(names) > 2 and missing(names, text) == []
+    paths = set(re.findall(r'"(/(?:etc|var/lib|run)/[a-z./-]*koi[a-z./-]*)"',
+                           SOURCE))
+    assert len(paths) > 3
+    assert [path for path in sorted(paths) if path not in text] == []
+
+
+def test_behaviour_has_every_option_of_koid():
+    options = {koitab.OPTIONS[key].names[-1]
+               for key in koitab.COMMANDS["daemon"].options}
+    assert missing(options | {"TERM", "INT", "HUP"}, TEXTS["behaviour"]) == []
+
+
+def test_there_is_a_topic_for_each_part_of_the_manual():
+    assert " ".join(koitab.TOPICS) == (
+        "tab arguments settings dashboard alerts ping api files behaviour "
+        "security status")
