@@ -4899,21 +4899,16 @@ class RunStore:
         """Return the statement that keeps a value by its name."""
         return ("insert or replace into meta values (?, ?)", (name, value))
 
-    def forget_claim(self, run: int) -> tuple:
-        """Return the statement that forgets which start a run is to claim
-        (see `keep_claim`)."""
-        return ("delete from meta where name = ?", (f"claim {run}",))
+    def set_claim(self, run: int, claim: str = "") -> list[tuple]:
+        """Return the statement that keeps what a run claims in its group, or
+        that forgets it."""
+        return [self.set_meta(f"claim {run}", claim) if claim else (
+            "delete from meta where name = ?", (f"claim {run}",))]
 
-    def keep_claim(self, run: int, start: str, instances: str) -> tuple:
-        """Return the statement that keeps which start a run is to claim, and
-        the random names of the koids that asked for it, joined by commas."""
-        return self.set_meta(f"claim {run}", f"{instances} {start}")
-
-    def claims(self) -> dict[int, list[str]]:
-        """Return [instances, start] of what `keep_claim` kept, by run."""
-        return {int(name[6:]): value.split(" ", 1) for name, value
-                in self.db.execute("select name, value from meta where name "
-                                   "like 'claim %'")}
+    def claims(self) -> dict[int, str]:
+        """Return what `set_claim` kept, by run."""
+        return {int(name[6:]): claim for name, claim in self.db.execute(
+            "select name, value from meta where name like 'claim %'")}
 
     def pause(self, key: tuple, until: int | None) -> tuple:
         """Pause a job that is recorded until a time, 0: without end; None
@@ -6002,17 +5997,20 @@ def random_delay(job: Job, host: str) -> int:
     return job.settings.random_delay * factor // 1000 * MINUTE
 
 
-def start_of_minute(job: Job, zone: Zone, minute: int, due: int
-                    ) -> tuple[str, int]:
-    """Return the name that all hosts of a group have for a start, and its
-    instant: the local minute and the zone, or the UTC minute of a wildcard
-    entry. `due` is when this host makes it. Names sort by time."""
+def name_claim(job: Job, zone: Zone, minute: int, due: int
+               ) -> tuple[str, int]:
+    """Return what this host claims of a group's start, and when it is due: a
+    random word, and the name that all hosts have for the start.
+
+    That is the local minute and the zone, or the UTC minute of a wildcard
+    entry; names sort by time. `due` is when this host makes it.
+    """
+    name, at = job.settings.zone or "UTC", zone.instant(minute)
     if job.schedule.wildcard:
-        at = shown = minute - zone.offset(due)
-        name = "UTC"
-    else:
-        at, shown, name = zone.instant(minute), minute, job.settings.zone
-    return time.strftime(f"%Y-%m-%dT%H:%M {name}", time.gmtime(shown)), at
+        name, at = "UTC", minute - zone.offset(due)
+        minute = at
+    return os.urandom(8).hex() + time.strftime(
+        f" %Y-%m-%dT%H:%M {name}", time.gmtime(minute)), at
 
 
 def group_errors(tab: Tab, zone: Zone, has_etcd: bool = True
@@ -6337,7 +6335,7 @@ class QueuedRun:
         self.announced = False  # `koitab run` has its number
         self.full_since = 0.0   # ticks: no process could be started
         self.nonce = ""         # of the request that asks for it
-        self.start = ""         # its name in a group: see start_of_minute
+        self.claim = ""         # of a group's start: see name_claim
         self.claimed = False    # this host is to make it
 
     @property
@@ -6517,7 +6515,7 @@ class Planner:
         due now; one that a group shares fell due when all hosts have it."""
         queued = QueuedRun(scheduled, "schedule", due, self.clock.now())
         if scheduled.settings.one_of:
-            queued.start, queued.due = start_of_minute(
+            queued.claim, queued.due = name_claim(
                 scheduled.job, self.registry.zones[scheduled.settings.zone],
                 minute, due)
         return queued
@@ -6616,8 +6614,8 @@ class Planner:
                 rows.append(missed_row(scheduled, count, first,
                                        "koid was not running"))
                 if scheduled.settings.one_of:
-                    rows[-1][1]["start"] = self.start_by_schedule(
-                        scheduled, *last).start
+                    rows[-1][1]["claim"] = self.start_by_schedule(
+                        scheduled, *last).claim
         return starts, rows
 
     def held_reason(self, scheduled: ScheduledJob, now: float,
@@ -6966,7 +6964,7 @@ class Scheduler:
         """Write down what is to be started and what was not, then start."""
         statements = self.planner.seen_statements()
         for scheduled, row in rows:
-            start = row.pop("start", "")
+            claim = row.pop("claim", "")
             reason = self.planner.held_reason(scheduled, row["due"],
                                               row["due"])
             if reason:
@@ -6974,15 +6972,14 @@ class Scheduler:
                     scheduled, {**row, "state": "skipped", "reason": reason})
                 continue
             statements += self.new_run(scheduled, row)
-            if start and row["count"] == 1:
-                self.groups.ask_who_ran(self.store.last, scheduled, start)
-                statements.append(self.store.keep_claim(
-                    self.store.last, start, self.groups.instance))
+            if claim and row["count"] == 1:
+                self.groups.ask(self.store.last, scheduled, claim)
+                statements += self.store.set_claim(self.store.last, claim)
             if scheduled.settings.catchup == "yes" and (
-                    start or not scheduled.settings.one_of):
+                    claim or not scheduled.settings.one_of):
                 starts.append(QueuedRun(scheduled, "catch-up", row["due"],
                                         self.clock.now()))
-                starts[-1].start = start
+                starts[-1].claim = claim
         ready = self.admit_all(starts, statements)
         if not self.write(statements):
             refused = [queued for queued in starts if self.refuse(queued)]
@@ -7014,7 +7011,8 @@ class Scheduler:
                 counts[queued.key] += 1
             statements += self.state_statements(queued, state, reason)
             if reason == WAITS_FOR_CLAIM:
-                self.groups.claim(queued)
+                self.groups.ask(queued.run, queued.scheduled, queued.claim,
+                                queued)
         return ready
 
     def admit(self, queued: QueuedRun, counts: dict) -> tuple[str, str]:
@@ -7031,7 +7029,7 @@ class Scheduler:
             self.waiting.append(queued)
             return "queued", ""
         policy = scheduled.settings.overlap
-        if queued.start and not queued.claimed and not (
+        if queued.claim and not queued.claimed and not (
                 policy == "skip" and counts[scheduled.key]):
             queued.at = FOREVER
             self.waiting.append(queued)
@@ -7097,8 +7095,9 @@ class Scheduler:
         started = self.clock.now() if state == "running" else None
         if queued.run:
             return [self.store.update(queued.run, state=state, reason=reason,
-                                      started=started)] + [
-                self.store.forget_claim(queued.run)] * queued.claimed
+                                      started=started)
+                    ] + self.store.set_claim(queued.run) * (
+                        queued.claimed or state == "skipped")
         row = {"trigger": queued.trigger, "state": state, "due": queued.due,
                "reason": reason}
         if state == "skipped" and reason in HELD:
@@ -7112,9 +7111,8 @@ class Scheduler:
         if queued.nonce:
             statements += self.store.record_nonce(
                 queued.nonce, queued.requested, queued.run)
-        if queued.start and state == "queued":
-            statements.append(self.store.keep_claim(
-                queued.run, queued.start, self.groups.instance))
+        if queued.claim and state == "queued":
+            statements += self.store.set_claim(queued.run, queued.claim)
         return statements
 
     def new_run(self, scheduled: ScheduledJob, row: dict) -> list[tuple]:
@@ -7179,17 +7177,22 @@ class Scheduler:
             scheduled = jobs.get(queued.key)
             reason = queued.obsolete_reason(scheduled)
             if reason:
-                statements.append(self.drop(queued, reason))
+                statements += self.drop(queued, reason)
             else:
                 queued.scheduled = scheduled
         self.write(statements)
 
     def drop(self, queued: QueuedRun, reason: str,
-             state: str = "skipped") -> tuple:
-        """Let a run that waits not start; return the statement for that."""
+             state: str = "skipped") -> list[tuple]:
+        """Let a run that waits not start; return the statements for that."""
         self.waiting.remove(queued)
         queued.reject(reason)
-        return self.store.update(queued.run, state=state, reason=reason)
+        statements = [self.store.update(queued.run, state=state,
+                                        reason=reason)]
+        if queued.claim:
+            self.groups.claims.pop(queued.run, None)
+            statements += self.store.set_claim(queued.run)
+        return statements
 
     # --- processes
 
@@ -7473,7 +7476,7 @@ class Scheduler:
         if not running:
             return False
         if isinstance(running, QueuedRun):
-            return self.write([self.drop(running, reason)])
+            return self.write(self.drop(running, reason))
         running.reason = running.reason or reason
         running.kill = running.kill or signal.SIGTERM
         self.escalate_kill(running, self.clock.ticks())
@@ -7519,43 +7522,33 @@ class Scheduler:
                 queued.content = before[key]["content"] or queued.content
             if run in files:
                 self.adopt_run(row, queued)
-            elif queued and run in claims:
-                lost += self.adopt_claim(queued, row, *claims.pop(run))
-            elif queued and self.may_still_start(row, queued):
+            elif queued and (
+                    queued.scheduled.settings.one_of if run in claims
+                    else self.may_still_start(row, queued)):
+                queued.claim = claims.pop(run, "")
                 self.waiting.append(queued)
+                if row["reason"] == WAITS_FOR_CLAIM:
+                    queued.at = FOREVER
+                    self.groups.ask(run, queued.scheduled, queued.claim,
+                                    queued)
             else:
                 lost.append(self.not_begun(row, key in jobs, queued))
         self.write(lost + self.adopt_missed(claims, jobs))
         self.update_waiting()
         self.mail.adopt(jobs)
 
-    def adopt_claim(self, queued: QueuedRun, row: dict, instances: str,
-                    start: str) -> list[tuple]:
-        """Take over a run whose start waited for its claim; `instances` are
-        the koids that asked for it. Return statements."""
-        self.waiting.append(queued)
-        if not self.groups:
-            return [self.drop(queued, "koid runs without --etcd", "missed"),
-                    self.store.forget_claim(queued.run)]
-        queued.start = start
-        if row["reason"] == WAITS_FOR_CLAIM:
-            queued.at = FOREVER
-            self.groups.claim(queued, instances)
-        return [self.store.keep_claim(
-            queued.run, start, f"{instances},{self.groups.instance}")]
-
     def adopt_missed(self, claims: dict, jobs: dict) -> list[tuple]:
         """Ask once more who made the starts in `claims`, by run, that this
         host missed. Return the statements that forget the others."""
         statements = []
-        for run, (_, start) in claims.items():
+        for run, claim in claims.items():
             found = self.store.runs("r.id = ? and r.state = 'missed'", run)
             scheduled = found and jobs.get((found[0]["user"],
                                             found[0]["identity"]))
-            if scheduled and self.groups:
-                self.groups.ask_who_ran(run, scheduled, start)
+            if scheduled and scheduled.settings.one_of:
+                self.groups.ask(run, scheduled, claim)
             else:
-                statements.append(self.store.forget_claim(run))
+                statements += self.store.set_claim(run)
         return statements
 
     def not_begun(self, row: dict, has_job: bool,
@@ -9299,17 +9292,20 @@ class EmbeddedDashboard(AgentProcess):
 # root: a lie of it can lose a start, or make one that is due here, no other.
 # ==========================================================================
 
+# Each job has one key in etcd, which is never deleted: `last`, the newest
+# start that a host makes. Each host that is up tries to put a start there
+# when it is due. etcd does it if what is there is earlier, so the first host
+# makes the start, and a start that is not later than `last` is never made
+# again, whatever clock or pause a host had. No claim with a lease comes
+# before that: a host that dies before it has put the start leaves it to the
+# others anyway, and one that dies after that keeps it, with a lease or not.
 CLAIM_SECTIONS = (*AGENT_SECTIONS, "Claims")
 CLAIM_TIME = 60.0           # seconds after which a start is not claimed
-LAST_LOOK = 5.0             # more, in which etcd may say who ran it
+LAST_LOOK = 5.0             # more, in which etcd may say who made it
+LOOK_AGAIN = 60.0           # seconds: the clocks of other hosts may be slow
+STARTS_AT_ONCE = 20         # in a transaction: etcd takes 60, but koid may die
+                            # after it, and lose them
 LONGEST_PEM = 60_000        # bytes; it has to fit into a pipe
-CLAIMS_AT_ONCE = 500        # in one reply
-CLAIM_ENDS = {              # how etcd decided -> state and reason of the run
-    "elsewhere": ("elsewhere", "{}"),
-    "won": ("missed", "it was claimed too late"),
-    "before": ("interrupted", "koid was stopped before the run began"),
-    "later": ("missed", "{} has made a later start"),
-    "nobody": ("missed", "no host of the group made it in time")}
 
 
 class EtcdSettings(FrozenRecord):
@@ -9368,16 +9364,31 @@ class ClaimProcess(AgentProcess):
     main, sections = "run_claims", CLAIM_SECTIONS
 
 
+class Claim:
+    """A start about which etcd is asked, and the key of its job. `queued`
+    waits for it; None if it was missed here: then who made it is asked."""
+
+    def __init__(self, run: int, scheduled: ScheduledJob, claim: str,
+                 queued: QueuedRun | None, give_up: float):
+        from urllib.parse import quote
+        job, self.run, self.queued = scheduled.job, run, queued
+        self.word, self.start = claim.split(" ", 1)
+        self.give_up, self.look_at = give_up, 0.0   # ticks
+        self.command = short_hash(job.command)
+        key = "/".join(quote(part, safe="") for part in (
+            job.settings.one_of, scheduled.user, job.section, job.name))
+        digest = short_hash(f"{job.when}\0{job.settings.zone or 'UTC'}")
+        self.key = f"/koi/v1/{key}:{digest}/last"
+
+
 class ClaimBroker:
-    """Keeps the starts that wait for a claim, and the process that claims.
+    """Keeps the starts that wait for etcd, and the process that asks it.
 
     The process sends {"op": "hello"} and gets its settings; then {"op":
-    "turn", "results": [...], "problem": TEXT}, and gets {"work": [...]}, the
-    orders about starts: "claim"; "record", once koid still wants what was
-    claimed; "settle": do not claim, say who ran it. Between replies koid
-    sends {"news": 1} when it has an order. `claims` has the last order about
-    each run; `lanes` the runs of a job that wait, the earliest start first:
-    only that one is claimed, or a later start would exclude it.
+    "turn", "results": [[RUN, LAST], ...], "problem": TEXT}, and gets {"work":
+    [...]}: what it is to put into etcd now, if it is late enough, or to look
+    at. An order is for one attempt, so a koid that is frozen gives none.
+    Between replies koid sends {"news": 1} when it has work.
     """
 
     def __init__(self, scheduler: Scheduler, poller: Poller,
@@ -9388,71 +9399,24 @@ class ClaimBroker:
         self.process = ClaimProcess(scheduler.machine, scheduler.log, poller,
                                     self.answer)
         self.process.start_at = 0.0
-        self.claims: dict[int, dict] = {}
-        self.lanes: dict[str, list[int]] = {}
-        self.deadlines: dict[int, float] = {}   # ticks, by run
-        self.news: dict[int, None] = {}     # runs with an order not sent yet
-        self.has_notified = False
+        self.claims: dict[int, Claim] = {}
+        self.has_news = False
 
-    # --- what the scheduler wants
-
-    def claim(self, queued: QueuedRun, before: str = "") -> None:
-        """Ask for the start of a run that waits for its claim. `before` are
-        the koids that asked for it, if this one took the run over."""
-        claim = self.add(queued.run, queued.scheduled, queued.start, before)
-        self.deadlines[queued.run] = self.clock.ticks() + self.time_left(
-            queued)
-        lane = self.lanes.setdefault(claim["key"], [])
-        lane.append(queued.run)
-        if lane[0] == queued.run:
-            self.order(queued.run, "claim")
+    def ask(self, run: int, scheduled: ScheduledJob, claim: str,
+            queued: QueuedRun | None = None) -> None:
+        """Ask etcd whether this host makes a start for which `queued` waits,
+        or who made one that it has missed."""
+        wait = max(self.time_left(queued), 0) + LAST_LOOK if queued else 0
+        self.claims[run] = Claim(run, scheduled, claim, queued,
+                                 self.clock.ticks() + wait)
+        self.has_news = True
 
     def time_left(self, queued: QueuedRun) -> float:
-        """Return the seconds in which a start may still be claimed."""
+        """Return the seconds in which a start may still be made."""
         due = queued.requested if queued.trigger == "catch-up" \
             else queued.planned
         return due - self.clock.now() + (
             queued.scheduled.settings.start_within or CLAIM_TIME)
-
-    def ask_who_ran(self, run: int, scheduled: ScheduledJob,
-                    start: str) -> None:
-        """Let the record of a start that this host missed be corrected."""
-        self.add(run, scheduled, start, "")
-        self.order(run, "settle")
-
-    def add(self, run: int, scheduled: ScheduledJob, start: str,
-            before: str) -> dict:
-        """Return a new claim."""
-        from urllib.parse import quote
-        job, parts = scheduled.job, [scheduled.settings.one_of, scheduled.user,
-                                     scheduled.job.section]
-        key = "/".join(quote(part, safe="") for part in (*parts, job.name))
-        digest = short_hash(f"{job.when}\0{job.settings.zone}")
-        self.claims[run] = {
-            "run": run, "do": "wait", "start": start, "before": before,
-            "key": f"/koi/v1/{key}:{digest}",
-            "command": short_hash(job.command)}
-        return self.claims[run]
-
-    def order(self, run: int, what: str) -> None:
-        """Let the process do something about a start."""
-        if what == "settle":
-            self.leave_lane(run)
-        self.claims[run]["do"] = what
-        self.news[run] = None
-
-    def leave_lane(self, run: int) -> None:
-        """Let the next start of the same job be claimed."""
-        lane = self.lanes.get(self.claims[run]["key"], [])
-        if run in lane:
-            is_first = lane[0] == run
-            lane.remove(run)
-            if not lane:
-                del self.lanes[self.claims[run]["key"]]
-            elif is_first:
-                self.order(lane[0], "claim")
-
-    # --- time
 
     def run_once(self, now: float) -> None:
         """Once in each turn of koid's loop: give up what is too late, and
@@ -9461,99 +9425,98 @@ class ClaimBroker:
         if self.process.problem:
             self.log.problems["etcd"] = f"etcd: {self.process.problem}"
         statements = [
-            statement for run, at in list(self.deadlines.items())
-            if now >= at for statement in self.expire(run, now)]
+            statement for claim in list(self.claims.values())
+            if claim.queued and now >= claim.give_up
+            for statement in self.give_up(claim.queued)]
         if statements:
             self.scheduler.write(statements)
         lines = self.process.lines
-        if self.news and lines and not (lines.unsent or self.has_notified):
-            self.has_notified = True
+        if self.has_news and lines and not lines.unsent:
+            self.has_news = False
             self.process.send({"news": 1})
 
-    def wake_at(self) -> float:
-        """Return the ticks at which `run_once` has something to do."""
-        return min([self.process.wake_at(), *self.deadlines.values()])
-
-    def expire(self, run: int, now: float) -> list[tuple]:
-        """A start is too late to be claimed. etcd may say for a moment who
-        ran it; then it is missed, until etcd does. Return statements."""
-        if self.claims[run]["do"] != "settle":
-            self.order(run, "settle")
-            self.deadlines[run] = now + LAST_LOOK
-            return []
-        del self.deadlines[run]
-        queued = self.waiting_run(run)
-        problem = self.log.problems.get("etcd", "etcd gave no answer")
-        return [self.scheduler.drop(
-            queued, f"not claimed in time: {problem}", "missed")
-            ] if queued else []
-
-    def waiting_run(self, run: int) -> QueuedRun | None:
-        """Return the run with this number if it waits for its claim."""
-        queued = self.scheduler.find_run(run)
-        return queued if isinstance(queued, QueuedRun) \
-            and not queued.claimed else None
-
-    # --- the process
+    def give_up(self, queued: QueuedRun) -> list[tuple]:
+        """A start is missed, until etcd says who made it. Return
+        statements."""
+        why = self.log.problems.get("etcd", "etcd gave no answer")
+        statements = self.scheduler.drop(
+            queued, f"not claimed in time: {why}", "missed")
+        self.ask(queued.run, queued.scheduled, queued.claim)
+        return statements + self.scheduler.store.set_claim(
+            queued.run, queued.claim)
 
     def answer(self, request: dict) -> dict:
         """Return the reply to a request of the process. Raises an exception
         of any kind if it is invalid."""
-        self.has_notified, self.process.problem = False, ""
+        self.process.problem = ""
         if request["op"] == "hello":
-            self.news = {run: None for run, claim in self.claims.items()
-                         if claim["do"] != "wait"}
-            return {**self.settings.read(), "instance": self.instance,
-                    "host": self.scheduler.machine.host()}
+            return self.settings.read()
         problem = escape_controls(str(request["problem"])[:300])
         self.log.set_problem("etcd", problem and f"etcd: {problem}")
         statements = []     # written together: each write waits for the disk
-        for result in request.get("results", ()):
-            if result["run"] in self.claims:
-                statements += self.take(result["run"], result)
+        for run, last in request["results"]:
+            if run in self.claims:
+                statements += self.take(self.claims[run], last)
         if statements:
             self.scheduler.write(statements)
-        runs = list(self.news)[:CLAIMS_AT_ONCE]
-        for run in runs:
-            del self.news[run]
-        return {"work": [self.claims[run] for run in runs
-                         if run in self.claims]}
+        return {"work": self.work(self.clock.ticks())}
 
-    def take(self, run: int, result: dict) -> list[tuple]:
-        """Take what etcd decided about a start. Return statements."""
-        claim, queued = self.claims[run], self.waiting_run(run)
-        if result["state"] == "claimed":
-            if claim["do"] != "settle":
-                self.order(run, "record" if queued else "settle")
-            return []
-        state, reason = CLAIM_ENDS[result["state"]]
-        host = escape_controls(str(result.get("host", ""))[:LONGEST_NAME])
-        if state == "elsewhere" and result.get("command") != claim["command"]:
-            host += ", which has another command"
-        is_on_time = queued and claim["do"] != "settle" \
-            and self.time_left(queued) > 0
-        self.leave_lane(run)
-        del self.claims[run]
-        self.deadlines.pop(run, None)
-        if result["state"] == "won" and is_on_time:
-            queued.claimed, queued.at = True, 0.0
-            return []
-        return self.end_statements(run, queued, state, reason.format(host))
+    def work(self, now: float) -> list[dict]:
+        """Return what the process is to do now. Of a job only the earliest
+        start is put into etcd, because a later one would exclude it."""
+        import json
+        found, keys = [], set()
+        for claim in sorted(self.claims.values(),
+                            key=lambda claim: claim.start):
+            order = {"run": claim.run, "key": claim.key}
+            if claim.queued and self.time_left(claim.queued) > 0:
+                order["value"] = json.dumps({
+                    "start": claim.start, "word": claim.word,
+                    "instance": self.instance, "command": claim.command,
+                    "host": self.scheduler.machine.host()})
+                order["start"] = claim.start
+            if now >= claim.look_at and not (
+                    "value" in order and claim.key in keys):
+                keys.add(claim.key)
+                found.append(order)
+        # What is to be made comes before what was missed.
+        return sorted(found, key=lambda order: "value" not in order)[
+            :STARTS_AT_ONCE]
 
-    def end_statements(self, run: int, queued: QueuedRun | None, state: str,
-                       reason: str) -> list[tuple]:
-        """Return the statements that record why a start is not made here. One
-        that a person took out of the queue keeps its record."""
-        store = self.scheduler.store
-        statements = [store.forget_claim(run)]
+    def take(self, claim: Claim, last: dict) -> list[tuple]:
+        """Take what etcd has as the last start of a job. Return statements."""
+        queued, start = claim.queued, last.get("start", "")
+        if start < claim.start:     # nobody has made it yet
+            is_over, claim.look_at = claim.look_at, \
+                self.clock.ticks() + LOOK_AGAIN
+            return self.end(claim, "", "") if is_over and not queued else []
+        host = escape_controls(str(last["host"])[:LONGEST_NAME])
+        if start > claim.start:
+            return self.end(claim, "missed", f"{host} has made a later start")
+        if last["word"] != claim.word:
+            return self.end(claim, "elsewhere", host + (
+                ", which has another command"
+                if last["command"] != claim.command else ""))
+        if last["instance"] != self.instance:
+            return self.end(claim, "interrupted",
+                            "koid was stopped before the run began")
+        if not queued or self.time_left(queued) <= 0:
+            return self.end(claim, "missed", "it was claimed too late")
+        del self.claims[claim.run]
+        queued.claimed, queued.at = True, 0.0
+        return []
+
+    def end(self, claim: Claim, state: str, reason: str) -> list[tuple]:
+        """Return the statements that record why a start is not made here;
+        one that was missed stays so unless another host has made it."""
+        store, queued = self.scheduler.store, claim.queued
         if queued:
-            statements += [
-                self.scheduler.drop(queued, reason, state), *store.prune(
-                    store.keys[queued.key], queued.scheduled.settings.keep)]
-        elif state == "elsewhere" and store.runs(
-                "r.id = ? and r.state = 'missed'", run):
-            statements.append(store.update(run, state=state, reason=reason))
-        return statements
+            return self.scheduler.drop(queued, reason, state) + store.prune(
+                store.keys[queued.key], queued.scheduled.settings.keep)
+        del self.claims[claim.run]
+        return store.set_claim(claim.run) + [
+            store.update(claim.run, state=state, reason=reason)
+            ] * (state == "elsewhere")
 
 
 # ==========================================================================
@@ -9762,7 +9725,8 @@ class Daemon:
         soon = min(self.reload_at, self.scheduler.planner.wake_at(each_minute),
                    self.scheduler.wake_at(), self.server.wake_at(),
                    self.broker.wake_at(), self.embedded.wake_at(),
-                   self.groups.wake_at() if self.groups else FOREVER)
+                   self.groups.process.wake_at() if self.groups
+                   else FOREVER)
         return -1 if soon == FOREVER else min(
             max(soon - self.clock.ticks(), 0), LONGEST_SLEEP) * 1000
 
@@ -10693,7 +10657,7 @@ def run_for_koid(name: str, make) -> None:
     # What it may need is loaded now: Python may be upgraded under it.
     import encodings.idna, http.client, json, queue, random  # noqa: E401, F401
     import re, ssl, threading, urllib.parse     # noqa: E401, F401
-    import base64, heapq, itertools             # noqa: E401, F401
+    import base64                               # noqa: E401, F401
     try:
         with open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write(name)            # for ps; Linux alone has this
@@ -10722,24 +10686,15 @@ def run_agent() -> None:
 # Claims: which host of a group makes a start?                   (network; U)
 #
 # A process of its own, as the agent is, that knows etcd and its password and
-# nothing else of this host. Below the key of a job etcd has `claim/START`,
-# with a lease, and `last`, without one: the newest start that a host made. A
-# start that is not later than `last` is never made again. All decisions are
-# etcd's transactions, so a late or repeated message cannot change one.
+# nothing else of this host. It keeps nothing: it does what koid orders in one
+# transaction, and says what etcd has then. The order of transactions in etcd
+# decides, so a late or repeated message cannot change what was decided.
 # ==========================================================================
 
-LEASE_TIME = 20             # seconds from a host's death to the next claim
-LEASE_PAUSE = 5.0           # seconds between keepalives
 ETCD_PATIENCE = 4.0         # seconds for an answer of one member
-CLAIM_WORKERS = 4           # connections, next to that of the lease
-LOOK_PAUSE = 0.3            # seconds until another's claim is looked at again
-HOLD_CLAIM = 5.0            # seconds that koid has to confirm a claim
-SETTLE_PAUSE, MOST_LOOKS = 5.0, 24      # seconds; other clocks may be slow
-RETRY_PAUSE = 1.0           # seconds after etcd gave no answer
-
-
-class EtcdRefused(Exception):
-    """etcd does not carry out a request: its reason."""
+RETRY_PAUSE = 1.0           # seconds after no member gave an answer
+PROBE_PAUSE = 30.0          # seconds between requests; a silent one is killed
+PROBE = {"run": 0, "key": "/koi/v1/probe"}  # needs a quorum, as all orders do
 
 
 def base64_text(text: str) -> str:
@@ -10768,282 +10723,105 @@ def load_certificate(context, *texts: str) -> None:
             os.close(reader)
 
 
-class EtcdClient:
-    """A connection to one member of etcd at a time; the next one follows
-    when a member does not answer. `settings` are those of `hello`."""
+def etcd_operations(order: dict) -> list[dict]:
+    """Return the operations of an order: put its value if the key is new, or
+    has an earlier start, and read the key. etcd compares values as bytes, and
+    none of a key that does not exist."""
+    key = base64_text(order["key"])
+    look = {"request_range": {"key": key}}
+    if "value" not in order:
+        return [look]
+    put = [{"request_put": {"key": key, "value": base64_text(order["value"])}}]
+    earlier = base64_text('{"start": "' + order["start"])
+    return [{"request_txn": {
+        "compare": [{"key": key, "target": "CREATE", "create_revision": "0"}],
+        "success": put, "failure": [{"request_txn": {
+            "compare": [{"key": key, "target": "VALUE", "result": "LESS",
+                         "value": earlier}], "success": put}}]}}, look]
 
-    def __init__(self, settings: dict):
-        self.settings, self.number = settings, 0
-        self.client, self.token = None, ""
 
-    def ask(self, path: str, **body) -> dict:
-        """Return the answer; each member is asked once. Raises
-        ConnectionFailed, and EtcdRefused."""
-        urls = self.settings["urls"]
-        for left in reversed(range(len(urls))):
-            url = urls[self.number % len(urls)]
-            try:
-                return self.ask_member(url, path, body)
-            except ConnectionFailed as error:
-                self.number += 1
-                self.client = None
-                if not left:
-                    raise ConnectionFailed(f"{url}: {error}") from None
+class EtcdMember:
+    """A member of etcd, and the connection to it; `settings` are those of
+    `hello`. Raises ConnectionFailed, and what HttpClient raises."""
 
-    def ask_member(self, url: str, path: str, body: dict) -> dict:
-        """Return the answer of one member; log in first if that is needed.
-        Raises ConnectionFailed, and EtcdRefused."""
-        name, password = self.settings["user"], self.settings["password"]
-        self.client = self.client or self.connect(url)
-        for is_last in (not name, True):
-            if name and not self.token:
-                self.token = self.post("/v3/auth/authenticate", {
-                    "name": name, "password": password})["token"]
-            try:
-                return self.post(path, body)
-            except EtcdRefused as refused:
-                if is_last or "auth" not in str(refused):
-                    raise
-                self.token = ""         # it expires after five minutes
-
-    def connect(self, url: str) -> HttpClient:
-        """Return a client for a member. Raises ConnectionFailed."""
-        try:
-            client = HttpClient(url, ca_text=self.settings["ca"])
-            if client.context and self.settings["cert"]:
-                load_certificate(client.context, self.settings["cert"],
-                                 self.settings["key"])
-        except (OSError, ValueError) as error:
-            raise ConnectionFailed(failure_words(error)) from None
-        return client
+    def __init__(self, url: str, settings: dict):
+        self.client, self.token = HttpClient(url, ca_text=settings["ca"]), ""
+        if self.client.context and settings["cert"]:
+            load_certificate(self.client.context, settings["cert"],
+                             settings["key"])
+        if settings["user"]:
+            self.token = self.post("/v3/auth/authenticate", {
+                "name": settings["user"],
+                "password": settings["password"]})["token"]
 
     def post(self, path: str, body: dict) -> dict:
-        """Return the answer to one request. Raises ConnectionFailed, and
-        EtcdRefused."""
+        """Return the answer to one request. Raises ConnectionFailed,
+        ValueError."""
         import json
         response = self.client.request(
             "POST", path, json.dumps(body).encode(),
             {"Authorization": self.token} if self.token else {},
             ETCD_PATIENCE)
-        try:
-            answer = json.loads(response.body)
-            if response.status == 200:
-                return dict(answer)
-            why = str(answer["error"])
-        except (ValueError, KeyError, TypeError):
-            raise ConnectionFailed(
-                f"HTTP status {response.status}: {response.body[:200]!r}"
-                ) from None
-        raise (ConnectionFailed if response.status >= 500
-               else EtcdRefused)(why)
+        text = response.body.decode("utf-8", "replace")
+        answer = json.loads(text) if text[:1] == "{" else {
+            "error": text[:200].strip()}    # etcd refuses some as plain text
+        if response.status != 200 or "error" in answer:
+            raise ConnectionFailed(f"HTTP status {response.status}: "
+                                   f"{answer.get('error')}")
+        return answer
+
+    def decide(self, work: list[dict]) -> list:
+        """Carry out orders in one transaction; return for each its run and
+        the record that its key has then. Raises as `post`, and KeyError for
+        a record that is not koi's."""
+        import base64
+        import json
+        answer = self.post("/v3/kv/txn", {"success": [
+            operation for order in work
+            for operation in etcd_operations(order)]})
+        found = [each["response_range"].get("kvs")
+                 for each in answer["responses"] if "response_range" in each]
+        return [(order["run"], json.loads(base64.b64decode(
+            pairs[0]["value"])) if pairs else {})
+            for order, pairs in zip(work, found)]
 
 
 class ClaimClient:
-    """Carries out koid's orders about starts; several threads at once.
-
-    `work` has the order about each run that is not settled. `queue` is a heap
-    of (ticks, number, order): an order that is not in `work` any more was
-    replaced. `known` has the revision and the value of each key `last` that
-    was seen. `changed` guards all of it.
-    """
+    """Carries out koid's orders, one transaction after the other."""
 
     def __init__(self, koid: KoidConnection, settings: dict):
-        from itertools import count
-        from threading import Condition
-        self.koid, self.settings, self.changed = koid, settings, Condition()
-        self.work: dict[int, dict] = {}
-        self.queue: list[tuple] = []
-        self.numbers = count()
-        self.results: list[dict] = []
-        self.known: dict[str, tuple] = {}
-        self.lease, self.has_news = "", True
-        self.problems = {"lease": "", "claims": ""}
+        from threading import Event
+        self.koid, self.settings, self.news = koid, settings, Event()
+        self.on_news = self.news.set
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start the thread that asks; this one hears koid."""
         from threading import Thread
-        for run in (self.report, self.keep_lease,
-                    *[self.carry_out] * CLAIM_WORKERS):
-            Thread(target=self.end_after, args=(run,)).start()
+        Thread(target=self.serve).start()
 
-    def end_after(self, run) -> None:
-        """Run a thread; koid starts the process again if a bug ends one."""
-        try:
-            run()
-        finally:
-            os._exit(EXIT_BUG)
-
-    def on_news(self) -> None:
-        """koid has orders."""
-        with self.changed:
-            self.has_news = True
-            self.changed.notify_all()
-
-    def report(self) -> None:
-        """Give koid the results and take its orders, again and again."""
+    def serve(self) -> None:
+        """Ask koid what to do, and do it, again and again. After a failure
+        the next member is tried, with a new login: a token may have expired.
+        It is a problem once all members have failed."""
+        urls, number, failures, problem = self.settings["urls"], 0, 0, ""
+        member, results = None, []
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.has_news or self.results,
-                                      LEASE_PAUSE)
-                results, self.results, self.has_news = self.results, [], False
-            reply = self.koid.ask(op="turn", results=results,
-                                  problem="; ".join(filter(
-                                      None, self.problems.values())))
-            with self.changed:
-                for order in reply["work"]:
-                    self.work[order["run"]] = {**order, "looks": 0}
-                    self.put_off(self.work[order["run"]], 0.0)
-
-    def put_off(self, order: dict, pause: float) -> None:
-        """Let an order be carried out after `pause` seconds."""
-        import heapq
-        heapq.heappush(self.queue, (time.monotonic() + pause,
-                                    next(self.numbers), order))
-        self.changed.notify_all()
-
-    def keep_lease(self) -> None:
-        """Have a lease, as long as etcd answers."""
-        etcd, renew_at = EtcdClient(self.settings), 0.0
-        while True:
-            now = time.monotonic()
+            self.news.clear()
+            work = self.koid.ask(op="turn", results=results,
+                                 problem=problem)["work"]
+            results, url = [], urls[number % len(urls)]
             try:
-                if not self.lease:
-                    self.lease = etcd.ask("/v3/lease/grant",
-                                          TTL=LEASE_TIME)["ID"]
-                    renew_at = now + LEASE_PAUSE
-                elif now >= renew_at:
-                    found = etcd.ask("/v3/lease/keepalive", ID=self.lease)
-                    if "TTL" not in found.get("result", {}):
-                        self.lease = ""     # it ran out
-                    renew_at = now + LEASE_PAUSE
-                self.problems["lease"] = ""
-            except (ConnectionFailed, EtcdRefused) as error:
-                self.problems["lease"] = str(error)
-            time.sleep(RETRY_PAUSE)
-
-    def carry_out(self) -> None:
-        """Carry out orders, one after the other."""
-        etcd = EtcdClient(self.settings)
-        while True:
-            order = self.take()
-            try:
-                if order["do"] == "claim" and not self.lease:
-                    raise ConnectionFailed("there is no lease yet")
-                result, pause = self.step(etcd, order)
-                self.problems["claims"] = ""
-            except (ConnectionFailed, EtcdRefused) as error:
-                if "lease" in str(error):
-                    self.lease = ""
-                elif isinstance(error, EtcdRefused):
-                    self.problems["claims"] = str(error)
-                result, pause = {}, RETRY_PAUSE
-            with self.changed:
-                self.finish(order, result, pause)
-
-    def take(self) -> dict:
-        """Wait for the next order that is due, and return it."""
-        import heapq
-        with self.changed:
-            while True:
-                pause = self.queue[0][0] - time.monotonic() if self.queue \
-                    else None
-                if pause is not None and pause <= 0:
-                    order = heapq.heappop(self.queue)[2]
-                    if self.work.get(order["run"]) is order:
-                        return order
-                else:
-                    self.changed.wait(pause)
-
-    def finish(self, order: dict, result: dict, pause: float | None) -> None:
-        """Keep what became of an order, unless koid has replaced it; without
-        a pause koid decides what comes next."""
-        if self.work.get(order["run"]) is not order:
-            return
-        if result:
-            self.results.append({"run": order["run"], **result})
-            self.changed.notify_all()
-            if result["state"] != "claimed":
-                del self.work[order["run"]]
-        if pause is not None:
-            self.put_off(order, pause)
-
-    # --- one transaction
-
-    def step(self, etcd: EtcdClient, order: dict) -> tuple:
-        """Do what is next for a start. Return the result or {}, and after
-        how many seconds to go on, or None. Raises ConnectionFailed, and
-        EtcdRefused."""
-        import json
-        key, start = order["key"], order["start"]
-        mine = json.dumps({
-            "start": start, "host": self.settings["host"],
-            "instance": self.settings["instance"], "run": order["run"],
-            "command": order["command"]})
-        revision, last = self.known.get(key, ("0", {}))
-        claim = ""
-        if last.get("start", "") < start:
-            claim, revision, last = self.transact(etcd, order, mine, revision)
-            self.known[key] = revision, last
-        if last.get("start", "") >= start:
-            return {"state": self.outcome(order, last), "host": last["host"],
-                    "command": last["command"]}, None
-        return self.undecided(order, claim, claim == mine)
-
-    def outcome(self, order: dict, last: dict) -> str:
-        """Return how a start was decided that is not later than `last`."""
-        if last["start"] > order["start"]:
-            return "later"
-        if last["run"] == order["run"]:
-            if last["instance"] == self.settings["instance"]:
-                return "won"
-            if last["instance"] in order["before"].split(","):
-                return "before"
-        return "elsewhere"
-
-    def undecided(self, order: dict, claim: str, is_mine: bool) -> tuple:
-        """Return what `step` does, for a start that no host has recorded."""
-        if order["do"] == "settle":
-            order["looks"] += 1
-            return ({"state": "nobody"}, None) \
-                if order["looks"] > MOST_LOOKS else ({}, SETTLE_PAUSE)
-        if order["do"] == "release":    # koid is slow: another host may do it
-            return {}, None
-        if order["do"] == "claim" and is_mine:
-            order["do"] = "release"
-            return {"state": "claimed"}, HOLD_CLAIM
-        order["do"] = "claim"
-        return {}, LOOK_PAUSE if claim else 0.0
-
-    def transact(self, etcd: EtcdClient, order: dict, mine: str,
-                 revision: str) -> tuple[str, str, dict]:
-        """Carry out the transaction of an order; return the claim as it now
-        is, and the revision and value of `last`. `revision` is the last one
-        that was seen. Raises ConnectionFailed, and EtcdRefused."""
-        import base64
-        import json
-        claim, last = (base64_text(f"{order['key']}/{name}") for name in (
-            f"claim/{order['start']}", "last"))
-        value = base64_text(mine)
-        is_mine = {"key": claim, "target": "VALUE", "value": value}
-        is_free = {"key": claim, "target": "CREATE", "create_revision": "0"}
-        is_known = {"key": last, "target": "MOD", "mod_revision": revision}
-        delete = {"request_delete_range": {"key": claim}}
-        compare, writes = {
-            "claim": ([is_free, is_known], [{"request_put": {
-                "key": claim, "value": value, "lease": self.lease}}]),
-            "record": ([is_mine, is_known], [{"request_put": {
-                "key": last, "value": value}}, delete]),
-        }.get(order["do"], ([is_mine], [delete]))
-        look = [{"request_range": {"key": key}} for key in (claim, last)]
-        answer = etcd.ask("/v3/kv/txn", compare=compare,
-                          success=writes + look, failure=look)
-        claims, lasts = (each["response_range"].get("kvs", [])
-                         for each in answer["responses"][-2:])
-        text = base64.b64decode(claims[0]["value"]).decode() if claims else ""
-        if not lasts:
-            return text, "0", {}
-        return text, lasts[0]["mod_revision"], json.loads(
-            base64.b64decode(lasts[0]["value"]))
+                member = member or EtcdMember(url, self.settings)
+                results = member.decide(work or [PROBE])
+                failures, problem = 0, ""
+            except Exception as error:      # of TLS, or what is not etcd
+                member, number, failures = None, number + 1, failures + 1
+                if failures > len(urls):
+                    problem = f"{url}: {failure_words(error)}"
+                    time.sleep(RETRY_PAUSE)
+                continue
+            if not work:
+                self.news.wait(PROBE_PAUSE)
 
 
 def run_claims() -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import koi_group
 import support
 
 koitab = support.load("koitab")
@@ -99,8 +100,13 @@ def test_all_hosts_have_one_name_for_a_start(schedule, due, name, instant):
                  "KOI_ONE_OF=web\nCRON_TZ=Europe/Berlin\n").jobs
     (found, minute), = starts_at(job, zone, at(due))
     assert found == at(due)
-    assert koitab.start_of_minute(job, zone, minute, found) == (
-        name, at(instant))
+    assert claimed(job, zone, minute, found) == (name, at(instant))
+
+
+def claimed(job, zone, minute: int, due: int) -> tuple:
+    """The name of a start and its instant, without the random word."""
+    claim, instant = koitab.name_claim(job, zone, minute, due)
+    return claim.split(" ", 1)[1], instant
 
 
 def starts_at(job, zone, due: int):
@@ -119,9 +125,8 @@ def test_host_that_checks_late_has_the_same_name_for_a_start():
                            ("* * * * *", "2026-06-01T00:00 UTC")):
         job, = parse(f'"A" {schedule} true',
                      "KOI_ONE_OF=web\nCRON_TZ=Europe/Berlin\n").jobs
-        assert koitab.start_of_minute(
-            job, zone, at("2026-06-01 2:00"), at("2026-06-01 0:04")) == (
-                name, at("2026-06-01 0:00"))
+        assert claimed(job, zone, at("2026-06-01 2:00"), at(
+            "2026-06-01 0:04")) == (name, at("2026-06-01 0:00"))
 
 
 # --- options -----------------------------------------------------------------
@@ -206,3 +211,53 @@ def test_koid_without_etcd_refuses_a_job_of_a_group(koi):
     assert not any("koi-claims" in (support.Path(
         f"/proc/{pid}/comm")).read_text()
         for pid in support.children_of(koi.daemon.pid))
+
+
+# --- the checker of the tests with faults ------------------------------------
+
+DUE = 6000
+
+
+def verdict(executed=(("a", 1, DUE + 1),), events=(), **states: str) -> list:
+    """What the checker finds wrong with one start of two hosts: `states` are
+    those of their records, by host."""
+    hosts = {host: [{"run": 1, "job": "J", "due": DUE, "state": state,
+                     "reason": "it says why", "count": 1,
+                     "trigger": "schedule"}]
+             for host, state in {"a": "done", "b": "elsewhere",
+                                 **states}.items() if state}
+    return koi_group.check({
+        "expected": [("J", DUE)], "executed": executed, "events": events,
+        "hosts": {"a": [], "b": [], **hosts},
+        "members": ["m1", "m2", "m3"]}).wrong
+
+
+NO_QUORUM = [(DUE + 5, DUE + 40, "killed", "m1"),
+             (DUE + 30, DUE + 50, "cut off", "m2")]
+IN_TURN = [(DUE - 5, DUE + 4, "killed", "m1"),
+           (DUE + 30, DUE + 50, "cut off", "m2")]
+BOTH_HOSTS = [(DUE, DUE + 2, "killed", "a"), (DUE + 3, DUE + 9, "frozen", "b")]
+ONE_HOST = [(DUE - 90, DUE + 90, "killed", "a")]
+
+
+@pytest.mark.parametrize("events, excused", [
+    ([], False), (IN_TURN, False), (ONE_HOST, False), (NO_QUORUM, True),
+    (BOTH_HOSTS, True)],
+    ids=["nothing", "members in turn", "a host", "a quorum", "all hosts"])
+def test_checker_wants_a_start_within_a_minute_unless_faults_excuse_it(
+        events, excused):
+    missed = verdict([], events, a="missed", b="missed")
+    late = verdict([("b", 1, DUE + 61)], events, a="elsewhere", b="done")
+    assert [bool(missed), bool(late)] == [not excused] * 2
+    assert verdict([("b", 1, DUE + 59)], events) == []
+
+
+@pytest.mark.parametrize("found, wrong", [
+    ({"executed": [("a", 1, DUE), ("b", 1, DUE)]}, "was executed by"),
+    ({"executed": [("a", 1, DUE), ("b", 7, DUE)]}, "has no record of it"),
+    ({"b": ""}, "b has no record of J"),
+    ({"executed": [], "events": NO_QUORUM, "a": "elsewhere"},
+     "nobody says why"),
+])
+def test_checker_names_what_breaks_a_promise(found, wrong):
+    assert [wrong in each for each in verdict(**found)] == [True]

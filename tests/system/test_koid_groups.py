@@ -92,7 +92,7 @@ def fail_at(group: Group, point: str, number: int) -> tuple:
 @pytest.mark.parametrize("number", [9, 19], ids=["killed", "frozen"])
 def test_another_host_makes_the_start_if_its_host_dies_before_the_record(
         group, number):
-    failed, other, due = fail_at(group, "claimed", number)
+    failed, other, due = fail_at(group, "ordered", number)
     support.wait_until(lambda: hosts_of(group, due), 60, "the other host")
     failed.signal(18)
     if number == 9:
@@ -121,7 +121,7 @@ def test_koid_recognizes_a_record_made_by_an_earlier_koid(group):
     host, = group.single(1).hosts
     group.tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
     host.rate, host.chosen = 1.0, (9,)
-    for host.points in (("claimed",), ("won",)):
+    for host.points in (("ordered",), ("won",)):
         host.start().koi.daemon.wait(60)
     host.rate = 0.0
     due = next(row["due"] for row in host.rows() if row["state"] == "queued")
@@ -237,14 +237,14 @@ def secure(tmp_path_factory):
         "--cert-file", f"{folder}/h1.pem", "--key-file", f"{folder}/h1.key",
         "--trusted-ca-file", f"{folder}/ca.pem", "--client-cert-auth"))
     member.start()
-    etcd = koitab.EtcdClient({
-        "urls": [url], "user": "", "password": "",
+    etcd = koitab.EtcdMember(url, {
+        "user": "", "password": "",
         **{name: (folder / file).read_text() for name, file in (
             ("ca", "ca.pem"), ("cert", "koi.pem"), ("key", "koi.key"))}})
 
     def answers() -> bool:
         try:
-            return bool(etcd.ask("/v3/maintenance/status"))
+            return bool(etcd.post("/v3/maintenance/status", {}))
         except koitab.ConnectionFailed:
             return False
     support.wait_until(answers, 60, "etcd")
@@ -258,7 +258,7 @@ def secure(tmp_path_factory):
                 "permType": "READWRITE", "key": key, "range_end": end}}),
             ("user/add", {"name": "koi", "password": "open sesame"}),
             ("user/grant", {"user": "koi", "role": "koi"}), ("enable", {})):
-        etcd.ask(f"/v3/auth/{path}", **body)
+        etcd.post(f"/v3/auth/{path}", body)
     yield folder, url
     member.kill()
 
@@ -272,7 +272,7 @@ def start_secure(koi, secure, **files: str):
     zero = koi_group.time.monotonic()
     koi.patch = koi_group.CLOCK.format(now=NOON + 40, zero=zero,
                                        speed=koi_group.SPEED, host="h1")
-    koi.set_constants(**koi_group.FAST)
+    koi.set_constants(**{**koi_group.FAST, "ETCD_PATIENCE": 4.0})
     koi.start("--etcd", url, "--etcd-user", "koi", *(
         word for name, file in files.items()
         for word in (f"--etcd-{name}", f"{folder}/{file}")))
