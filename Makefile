@@ -6,6 +6,10 @@ DESTDIR ?=
 BIN = $(DESTDIR)$(PREFIX)/bin
 MAN = $(DESTDIR)$(PREFIX)/share/man
 MISSION_TOPICS = config tasks behaviour security status
+KOITAB_TOPICS = tab arguments settings dashboard alerts ping api files \
+	behaviour security status
+PAGES = $(MAN)/man1/mission.1 $(MISSION_TOPICS:%=$(MAN)/man7/mission-%.7) \
+	$(MAN)/man1/koitab.1 $(KOITAB_TOPICS:%=$(MAN)/man7/koitab-%.7)
 # What the tests start for real, as Debian calls it.
 PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs etcd-server faketime firefox-esr fish fonts-dejavu-core fuse3 git gnupg groff-base \
 	haproxy iproute2 libcap2-bin libfaketime libnotify-bin mandoc moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pip python3-pytest \
@@ -50,19 +54,21 @@ lint: ## unused names and other slips (needs ruff)
 	ruff check --no-cache --config tests/ruff.toml mission.py koitab.py tests
 
 install: ## copy mission, koitab and koid to $(PREFIX)/bin, and manual pages
-	install -d $(BIN) $(MAN)/man1 $(MAN)/man7
+	umask 022; install -d $(BIN) $(MAN)/man1 $(MAN)/man7 $(MAN)/man8
 	install -m 0755 mission.py $(BIN)/mission
 	install -m 0755 koitab.py $(BIN)/koitab
 	ln -sf koitab $(BIN)/koid
-	$(PYTHON) -IS mission.py man >$(MAN)/man1/mission.1
-	for topic in $(MISSION_TOPICS); do $(PYTHON) -IS mission.py man $$topic \
-	    >$(MAN)/man7/mission-$$topic.7 || exit 1; done
+	for page in $(PAGES); do \
+	    name=$${page##*/}; name=$${name%.*}; topic=$${name#*-}; \
+	    [ "$$topic" != "$$name" ] || topic=; \
+	    $(PYTHON) -IS $${name%%-*}.py man $$topic >$$page && \
+	    chmod 0644 $$page || exit 1; done
+	ln -sf ../man1/koitab.1 $(MAN)/man8/koid.8
 	@[ -n "$(DESTDIR)" ] || for name in mission koitab koid; do \
 	    $(BIN)/$$name --version >/dev/null || exit 1; done
 
 uninstall: ## remove them again; configurations, logs and state stay
-	rm -f $(BIN)/mission $(BIN)/koitab $(BIN)/koid $(MAN)/man1/mission.1 \
-	    $(MISSION_TOPICS:%=$(MAN)/man7/mission-%.7)
+	rm -f $(BIN)/mission $(BIN)/koitab $(BIN)/koid $(PAGES) $(MAN)/man8/koid.8
 
 sums: ## SHA-256 of what is installed
 	@if command -v sha256sum >/dev/null; then sha256sum mission.py koitab.py; \

@@ -27561,7 +27561,8 @@ JOIN, SHOW, LEAVE
       List the access tokens with the time of their creation and last use; make
       one invalid.
   -d leave
-      Leave the dashboard. A lost passphrase: leave, and `koitab -d new`.
+      Leave the dashboard; off is the same. If the passphrase is lost, leave,
+      and then use `koitab -d new`.
 
 A passphrase is stored nowhere. Anyone with it can run the @manual jobs of all
 hosts. Upper case, blanks and dashes make no difference.
@@ -28938,7 +28939,7 @@ Root can do anything. A supervisor runs as its user, who can end it; the run is
 then interrupted. A process that a job puts into a session of its own outlives
 `koitab kill`. Programs that a job runs as another user (sudo) are not ended by
 its time limit. Keep /var/lib/koi/keys out of backups that others can read. A
-lost passphrase: `koitab -d off`, then `koitab -d new`. `koitab help files`
+lost passphrase: `koitab -d leave`, then `koitab -d new`. `koitab help files`
 says what a restored machine means for requests.
 """
 STATUS_TOPIC = """\

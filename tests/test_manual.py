@@ -141,6 +141,37 @@ def test_an_ordinary_user_reads_the_manual_where_nothing_else_is(
     shutil.rmtree(own.parent)
 
 
+def make(target: str, folder: Path) -> None:
+    """Run a target of the Makefile, with a umask that lets nobody read."""
+    subprocess.run(
+        ["sh", "-c", 'umask 077; exec make -s "$@"', "sh", target,
+         f"PYTHON={sys.executable}", f"DESTDIR={folder}"], cwd=support.ROOT,
+        check=True, timeout=100, env={"PATH": os.defpath})
+
+
+def test_make_installs_every_page_for_everybody_and_removes_it(tmp_path):
+    support.need("make")
+    names = [(1, "mission"), (1, "koitab"), (8, "koid")] + [
+        (7, f"{name}-{topic}") for name, program in PROGRAMS.items()
+        for topic in program.TOPICS]
+    manuals = tmp_path / "usr/local/share/man"
+    (manuals / "man1").mkdir(parents=True)
+    (manuals / "man1/koitab.1").touch(0o600)    # of an earlier installation
+    make("install", tmp_path)
+    pages = {path.relative_to(manuals): path.read_text()
+             for path in manuals.rglob("*.*")}
+    assert set(pages) == {Path(f"man{section}/{name}.{section}")
+                          for section, name in names}
+    assert all(text.startswith(".TH ") for text in pages.values())
+    for path in tmp_path.rglob("*"):
+        wanted = 0o755 if path.is_dir() or "bin" in path.parts else 0o644
+        assert path.stat().st_mode & 0o777 == wanted \
+            or path == manuals or path in manuals.parents \
+            or path.name == "man1", path
+    make("uninstall", tmp_path)
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []
+
+
 # --- the text --------------------------------------------------------------
 
 
