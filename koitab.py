@@ -12156,7 +12156,7 @@ def without_path(target: str) -> str:
 # ==========================================================================
 
 MOST_CHECKS = 1_000
-KEEP_PINGS = 100                # of one check
+KEEP_PINGS, KEEP_FLIPS = 100, 1_000     # of one check
 PING_BODY_LIMIT = 10_000
 PING_BODIES = 2**18             # bytes of all bodies that a check keeps
 LONGEST_MEASURED = 72 * 3600    # a start and an end that belong together
@@ -12522,8 +12522,13 @@ create index flips_of_check on flips ("check", at);
     def record_flip(self, db: Database, check: dict, old: str, at: float,
                     reason: str) -> None:
         """Keep that a check has changed its state, and alert."""
-        db.insert("flips", check=check["id"], at=at, old=old,
-                  new=check["status"], reason=reason)
+        flip = db.insert("flips", check=check["id"], at=at, old=old,
+                         new=check["status"], reason=reason)
+        if flip % 100 == 0:
+            db.execute('delete from flips where "check" = ? and id <= (select '
+                       'id from flips where "check" = ? order by id desc '
+                       "limit 1 offset ?)", check["id"], check["id"],
+                       KEEP_FLIPS)
         subject = f"check:{check['uuid']}"
         name = name_of_check(check)
         if check["status"] != "down":
@@ -13035,8 +13040,8 @@ create index jobs_deleted on jobs (deleted) where deleted;
             self.store_job(db, status, job,
                            known.pop((job["user"], job["tag"]), None))
         status.left_out = len(rest)
-        partial = [*inner.get("partial", list, []),     # users with more jobs
-                   *(job["user"] for job in rest)]
+        partial = {*map(str, inner.get("partial", list, [])),
+                   *(job["user"] for job in rest)}      # users with more jobs
         for row in known.values():
             if not row["removed"] and row["user"] not in partial:
                 self.remove_job(db, row["id"])
@@ -13069,9 +13074,21 @@ create index jobs_deleted on jobs (deleted) where deleted;
         return number
 
     def has_room(self, db: Database, status: HostStatus) -> bool:
-        """May this host have one more job, with those that are removed?"""
-        return db.value("select count(*) from jobs where host = ?",
-                        status.number) < 4 * self.most_jobs
+        """May this host have one more job, with those that are removed? If
+        there are many, the oldest removed one makes room, of the user who
+        has most of them."""
+        every, kept = db.execute(
+            "select count(*), ifnull(sum(not deleted), 0) from jobs where "
+            "host = ?", status.number).fetchone()
+        if kept < 4 * self.most_jobs:
+            return True
+        job = db.value("select min(id) from jobs where host = ? and removed "
+                       "and not deleted group by user order by count(*) desc",
+                       status.number)
+        if job is None or every >= 8 * self.most_jobs:
+            return False
+        self.delete_job(db, job)
+        return True
 
     def job_of_record(self, db: Database, status: HostStatus,
                       record: dict) -> int | None:
@@ -13408,6 +13425,8 @@ create table unindexed (run integer primary key);
         columns.update(job=job, at=at, keep_until=min(
             record["ended"] or at, now) + days * DAY_SECONDS)
         if known:
+            if not was_active:  # or its output could be ended without end
+                del columns["size"]
             db.update("runs", columns, id=known["id"])
             run = known["id"]
         else:
@@ -13462,9 +13481,11 @@ create table unindexed (run integer primary key);
         if not run or run["state"] in ACTIVE_STATES:
             return
         missing = run["size"] - run["have"]
+        if missing <= 0:
+            return
         if request.flag("deleted", False):
             return self.end_output(db, run["id"], now)
-        if at != run["have"] or missing <= 0:
+        if at != run["have"]:
             return
         data = data[:missing]
         try:
@@ -14431,7 +14452,8 @@ class Search:
              before: int | None = None) -> dict:
         """Return the newest runs before a run whose output contains a text,
         each with the first line that does. After SEARCH_TIME, or 20 of
-        them, `more` is true. Raises Error."""
+        them, `more` is true: the search goes on before the run `before`,
+        also where one host's outputs took all the time. Raises Error."""
         import sqlite3
         text = text.strip()[:200]
         if len(text) < 2 or not is_text(text) or "\0" in text:
@@ -14447,6 +14469,7 @@ class Search:
                     more = True
                     break
                 matches += self.match(db, run, text)
+                before = run
         except sqlite3.DatabaseError as error:
             if "interrupted" not in str(error):
                 if failure_of(error) == "damaged":
@@ -14455,7 +14478,7 @@ class Search:
             more = True
         finally:
             db.connection.set_progress_handler(None, 0)
-        return {"matches": matches, "more": more}
+        return {"matches": matches, "more": more, "before": before}
 
     def candidates(self, db: Database, text: str, job: int | None,
                    before: int | None):
@@ -14671,6 +14694,7 @@ class Retention:
 # ==========================================================================
 
 MOST_BARS = 6_000               # in one answer about a day
+LEAST_STEP = 0.05               # of a day; so far an answer goes at least
 LONGEST_BAR = 30 * DAY_SECONDS
 ALERT_STATES = ("failed", "late", "missed", "unknown")
 BADGES = {"ok": "#2a8a3e", "up": "#2a8a3e", "running": "#2a8a3e",
@@ -14913,12 +14937,18 @@ class Overview:
     def day(self, db: Database, begin: float, end: float) -> dict:
         """Return the runs of a time as bars, for all jobs at once, with
         those that began before and reached into it. If there are too many,
-        `to` says how far the answer goes."""
+        `to` says how far the answer goes: a step at least, in which hosts
+        that have more than their share are shown in part."""
         rows: dict[int, dict] = {}
-        for count, run in enumerate(self.bars(db, begin, end)):
-            if count == MOST_BARS:
-                end = run["at"]
-                break
+        step, counts = begin + (end - begin) * LEAST_STEP, Counter()
+        for run in self.bars(db, begin, end):
+            counts[run["host"]] += 1
+            if sum(counts.values()) > MOST_BARS:
+                if run["at"] >= step:
+                    end = run["at"]
+                    break
+                if counts[run["host"]] > MOST_BARS // 4:
+                    continue
             row = rows.setdefault(run["job"], {
                 "job": run["job"], "bars": [], "missing": []})
             code, at = code_of(run), run["at"]
@@ -14933,10 +14963,9 @@ class Overview:
     def bars(self, db: Database, begin: float, end: float):
         """Yield runs in the order of time: first those that began before
         `begin` and reach into it. Each kind has an index of its own."""
-        columns = "select id, job, at, ended, due, state, exit, signal, " \
-            "reason from runs "
-        names = ("id", "job", "at", "ended", "due", "state", "exit", "signal",
-                 "reason")
+        names = ("id", "job", "host", "at", "ended", "due", "state", "exit",
+                 "signal", "reason")
+        columns = f"select {', '.join(names)} from runs "
         for statement, values in (
                 # +at: SQLite would read all runs by time for those few.
                 ("where state in ('queued', 'running') and +at < ? order by "
@@ -16957,9 +16986,11 @@ class HttpServer:
         """Serve a connection if there is room; no byte was read yet."""
         import asyncio
         peer = str(address_of(peer) or peer)
-        near = peer == UNIX_PEER or is_loopback(peer) \
-            or peer in self.proxies
+        near = is_loopback(peer) or peer in self.proxies
         network = None if near else network_of(peer)
+        if peer == UNIX_PEER:       # each local user has a share
+            uid = peer_uid(sock)
+            network = f"uid {uid}" if uid not in (0, os.geteuid()) else None
         if not self.limits.has_room_for(network) or (
                 self.limits.is_full and not self.make_room()):
             self.refusals.add(f"{peer} ?: 503 too many connections")
@@ -16986,13 +17017,14 @@ class HttpServer:
         self.limits.remove(connection.network, connection.proven)
 
     def make_room(self) -> bool:
-        """End the connection that has been silent for the longest time, so
-        that silent clients keep nobody out. False if there is none."""
-        for connection in self.connections:
-            if connection.idle and not connection.proven:
-                connection.abort()
-                return True
-        return False
+        """End the oldest connection without a valid token, a silent one if
+        there is any, so that such clients keep nobody out. False if there
+        is none."""
+        unproven = [each for each in self.connections if not each.proven]
+        for connection in [*(each for each in unproven if each.idle),
+                           *unproven][:1]:
+            connection.abort()
+        return bool(unproven)
 
     def turn_away(self, sock) -> None:
         """Answer 503, if that needs no handshake, and close."""
@@ -17059,6 +17091,8 @@ PING_BODY, SMALL_BODY = 2**20, 2**16    # bytes
 SYNC_BODY, REQUEST_BODY = 2**23, 2**20
 INLINE_BODY = 2**15     # bytes; longer JSON is not parsed in the event loop
 MOST_READS, MOST_READERS = 256, 4       # waiting questions; threads
+# Requests at once of one host, which needs two, and of another token.
+MOST_OF_HOST, MOST_OF_CLIENT = 4, MOST_READS // 2
 MOST_CHANGES, MOST_CHANGE_BYTES = 1000, 2**22   # that a stream remembers
 FEED_TIME = 60.0        # seconds in which a browser comes back to a stream
 HEARTBEAT = 15.0        # seconds between two lines of a stream
@@ -17235,6 +17269,7 @@ class RequestContext:
         self.principal = None                   # whose token it shows
         self.cors: tuple = ()                   # headers of the response
         self.counted = False                    # see AccessRules.count
+        self.client: tuple = ()                 # see AccessRules.enter
 
     @property
     def log_name(self) -> str:
@@ -17256,6 +17291,7 @@ class AccessRules:
         self.names, self.literals = frozenset(names), False
         self.principal_of = principal_of
         self.throttle, self.clients = LoginThrottle(), ConnectionLimits()
+        self.active: Counter = Counter()        # see `enter`
 
     def check_host(self, host: str) -> None:
         """Refuse a host name that is not ours. Raises Error."""
@@ -17316,10 +17352,29 @@ class AccessRules:
             self.clients.add(context.network)
             context.counted = True
 
+    def enter(self, context: RequestContext) -> None:
+        """Count the requests that are answered for one token, or without one
+        for one network: none may use up all memory, readers, or the writer's
+        time. A ping is too short for that. Raises Error."""
+        whose = context.principal
+        client = (whose.role, whose.host, whose.name) if whose else (
+            "", context.connection.network or context.network)
+        most = MOST_OF_HOST if client[0] == "host" else MOST_OF_CLIENT
+        if context.route.handler is receive_ping:
+            return
+        if self.active[client] >= most:
+            raise Error("too many requests at once", "try again", 503)
+        self.active[client] += 1
+        context.client = client
+
     def uncount(self, context: RequestContext) -> None:
         """The request was answered."""
         if context.counted:
             self.clients.remove(context.network, bool(context.principal))
+        if context.client:
+            self.active[context.client] -= 1
+            if not self.active[context.client]:
+                del self.active[context.client]
 
     def refuse_key(self, context: RequestContext, now: float,
                    error: Error) -> None:
@@ -17563,7 +17618,21 @@ class Api:
             if context.principal.name:
                 self.dashboard.credentials.used[context.principal.name] = \
                     self.clock.now()
+        elif context.route.handler is create_dashboard:
+            self.check_founder(context)
+        self.rules.enter(context)
         return None
+
+    def check_founder(self, context: RequestContext) -> None:
+        """Refuse who may not create the dashboard, before the body is read.
+        Raises Error."""
+        credentials = self.dashboard.credentials
+        if not credentials.is_founder(context.request.token or ""):
+            self.rules.refuse_key(context, self.loop.time(), Error(
+                "this server already has a dashboard", "koitab -d join URL",
+                403) if credentials.dash else Error(
+                    "a dashboard is created with the founding token of its "
+                    "server", "koitab -d new URL", 403))
 
     async def check_ping(self, context: RequestContext) -> Response | None:
         """Return the answer to a ping with an unknown key, before its body
@@ -17791,13 +17860,6 @@ async def show_salt(api: Api, _context: RequestContext) -> Response:
 
 async def create_dashboard(api: Api, context: RequestContext) -> Response:
     """POST /api/v1/dashboards: the only one, with the founding token."""
-    credentials = api.dashboard.credentials
-    if not credentials.is_founder(context.request.token or ""):
-        api.rules.refuse_key(context, api.loop.time(), Error(
-            "this server already has a dashboard", "koitab -d join URL", 403)
-            if credentials.dash else Error(
-                "a dashboard is created with the founding token of its "
-                "server", "koitab -d new URL", 403))
     return json_response(await api.store(context, api.dashboard.found), 201)
 
 
@@ -19393,13 +19455,13 @@ function table(names, rows, kind = "") {
 // `draw` makes a row's element; `next` is the path of the page after a row.
 function pageButton(label, list, page, rows, draw, next) {
   const older = button(label, async () => {
-    const answer = await withToast(() => get(next(page[rows].at(-1))));
+    const answer = await withToast(() => get(next(page[rows].at(-1), page)));
     if (answer) show(answer);
   });
   function show(answer) {
     page = answer;
     list.append(...page[rows].map(draw));
-    older.hidden = !page.more || !page[rows].length;
+    older.hidden = !page.more;
   }
   show(page);
   return older;
@@ -23266,7 +23328,7 @@ class Day {
   async load() {
     const rows = new Map(), to = Math.ceil(this.to);
     let from = Math.floor(this.from);
-    for (let pages = 0; from < to && pages < 20; pages += 1) {
+    for (let pages = 0; from < to && pages < 100; pages += 1) {
       const answer = await get(`day?from=${from}&to=${to}`);
       for (const { job, bars: found, missing } of answer.rows) {
         if (!rows.has(job)) rows.set(job, { bars: [], missing: [] });
@@ -23433,14 +23495,14 @@ function focusLink(root, by) {
 
 // Returns the list of the runs that a search found.
 function matchList(answer, text, path) {
-  if (!answer.matches.length) {
+  if (!answer.matches.length && !answer.more) {
     return empty("No matches in the stored output",
       mutedLine("The search covers the stored output of all runs."));
   }
   const list = el("ol", { class: "matches" });
   return el("div", {}, list, pageButton("Older matches", list, answer,
-    "matches", (match) => matchItem(match, text), ({ run }) =>
-      `${path}&before=${run.id}`));
+    "matches", (match) => matchItem(match, text), (_, { before }) =>
+      `${path}&before=${before}`));
 }
 
 function matchItem({ run, line }, text) {

@@ -184,3 +184,87 @@ def test_notifications_of_schema_7_are_delivered_after_the_upgrade(
         BACK_TO_SCHEMA_6 + "pragma user_version=7;")
     after = dashboard.reopen()
     assert titles(deliver(after)) == ["Night/Backup on web1 failed"]
+
+
+# --- lists, records and outputs of a host
+
+
+def test_removed_jobs_of_one_user_make_room_for_new_jobs_of_others(dashboard,
+                                                                   web1):
+    dashboard.dashboard.hosts.most_jobs = 4
+    root = spec("backup", user="root")
+    for turn in range(5):
+        dashboard.sync(web1, list=dashboard.list_of(web1, root, *(
+            spec(f"t{turn}-{number}", user="alice") for number in range(3))))
+    dashboard.sync(web1, list=dashboard.list_of(
+        web1, root, spec("restore", user="root")))
+    shown = {job["tag"]: job["removed"] for job in dashboard.state["jobs"]}
+    assert shown["backup"] is False and shown["restore"] is False
+    assert len(shown) <= 16
+    assert dashboard.state["hosts"][0]["problems"] == []
+
+
+def test_output_of_a_run_is_ended_once(dashboard, web1, monkeypatch):
+    """Ending reads all of it: 200 times a sync, it held the writer up."""
+    ended, data = [], frames("x\n")
+    end_output = koitab.Runs.end_output
+    monkeypatch.setattr(koitab.Runs, "end_output", lambda self, db, run, now: (
+        ended.append(run), end_output(self, db, run, now)))
+    record = dashboard.record(size=len(data) + 1)
+    dashboard.runs(web1, record)
+    number = record["run"]
+    for _ in range(3):
+        dashboard.sync(web1, outputs=[piece(number, 0, data)] + 9 * [
+            {"run": number, "deleted": True}])
+        dashboard.runs(web1, dashboard.record(run=number, size=99))
+    assert ended == [1]
+
+
+def test_flips_of_a_check_are_bounded(dashboard, monkeypatch):
+    monkeypatch.setattr(koitab, "KEEP_FLIPS", 50)
+    check = dashboard.do(dashboard.dashboard.checks.create, {"name": "x"},
+                         NOW)["id"]
+    for number in range(300):
+        dashboard.ping(check, action=("success", "fail")[number % 2])
+    count, newest = dashboard.rows("select count(*), max(id) from flips")[0]
+    assert count <= 150 and newest == 300
+
+
+# --- what people look at
+
+
+def test_runs_of_one_host_hide_no_run_of_another_in_a_day(dashboard, web1,
+                                                          web2, monkeypatch):
+    monkeypatch.setattr(koitab, "MOST_BARS", 40)
+    for state in ("running", "done"):
+        dashboard.runs(web1, *(dashboard.record(
+            state, started=NOW - 10 * (state == "running"), ended=None)
+            for _ in range(100)))
+    dashboard.runs(web2, dashboard.record(started=NOW + 1, ended=NOW + 2))
+    day = dashboard.dashboard.overview.day
+    found = dashboard.ask(day, NOW, NOW + 86_400)
+    assert found["to"] == NOW + 86_400
+    bars = {row["job"]: row["bars"] for row in found["rows"]}
+    assert len(bars) == 2 and min(map(len, bars.values())) == 1
+
+
+def test_search_goes_on_after_outputs_that_took_all_the_time(
+        dashboard, web1, web2, monkeypatch):
+    def write(access, text: str) -> None:
+        data = frames(text)
+        record = dashboard.record(size=len(data))
+        dashboard.runs(access, record)
+        dashboard.sync(access, outputs=[piece(record["run"], 0, data)])
+
+    search = dashboard.dashboard.search
+    search.index = ""
+    write(web2, "needle\n")
+    for _ in range(5):
+        write(web1, "hay\n")
+    ticks = iter(range(10_000))
+    monkeypatch.setattr(koitab.time, "monotonic", lambda: next(ticks) * 0.4)
+    found, before, turns = {"matches": [], "more": True}, None, 0
+    while not found["matches"] and found["more"] and turns < 10:
+        found = dashboard.ask(search.find, "needle", None, before)
+        before, turns = found["before"], turns + 1
+    assert found["matches"] and turns > 1

@@ -1234,8 +1234,9 @@ def test_silent_tls_clients_do_not_delay_other_clients(tmp_path, made, trust):
 def test_client_that_sends_too_slowly_gets_status_408(tmp_path):
     patch = "k.HEAD_TIME = k.BODY_TIME = 0.3"
     with DashboardProcess(tmp_path, patch=patch) as found:
+        found.set_up()
         for data in (b"GET / HTTP/1.1\r\nX: ", encode_request(
-                found.port, "POST", "/api/v1/dashboards", None,
+                found.port, "POST", "/api/v1/sync", None, HOST_TOKEN,
                 Content_Length=999, Content_Type="application/json")):
             with found.client() as client:
                 client.send(data)
