@@ -18726,6 +18726,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .head .toggle { order: 1; margin: 0; align-items: baseline;
   padding: 1px 8px 1px 4px;
   color: var(--soft); }
+.head .toggle .icon { align-self: center; }
 .head a.btn { order: 2; }
 .hoststate { display: inline-flex; align-items: center; gap: 5px;
   margin-left: 10px; font-size: 13px; font-weight: 500;
@@ -18967,7 +18968,7 @@ aside.runs a[aria-current] { background: var(--press); font-weight: 600; }
 .difflines { font: 12.5px/18px var(--mono); overflow: auto;
   max-height: 45vh; padding: 4px 0; }
 .difflines > div { padding: 0 12px; white-space: pre; min-width:
-  max-content; }
+  max-content; min-height: 18px; }
 .difflines .new { background: var(--add); }
 .difflines .removed { background: var(--del); }
 .difflines .fold { color: var(--soft); font-family: var(--sans); }
@@ -19145,7 +19146,7 @@ dialog > * + * { margin-top: 12px; }
     grid-template-areas: "name name next act menu"
       "is last history history history" "line line line line line"
       "why why why why why"; }
-  .c-is { grid-area: is; } .c-name { grid-area: name; }
+  .c-is { grid-area: is; font-size: 13px; } .c-name { grid-area: name; }
   .c-last { grid-area: last; overflow: hidden; flex-wrap: wrap; gap: 0 8px; }
   .c-history { grid-area: history; justify-self: end; }
   .c-next { grid-area: next; display: block; justify-self: end; }
@@ -20847,8 +20848,18 @@ function jobsView(place, root) {
   root.replaceWith(jobList.root);
   jobList.update();
   return { title: "", update: (changes) => jobList.update(changes),
-    shortcuts: { j: () => jobList.step(1), k: () => jobList.step(-1),
-      r: () => jobList.runFocused(), "/": () => jobList.text.focus() } };
+    shortcuts: { ...problemKeys(() => jobList.focused), ArrowLeft: () =>
+      jobList.toBars(), ArrowRight: () => jobList.toBars(),
+    j: () => jobList.step(1), k: () => jobList.step(-1),
+    r: () => jobList.runFocused(), "/": () => jobList.text.focus() } };
+}
+
+// Returns the keys for what one does about a problem, which press the buttons
+// in the element that `place` returns.
+function problemKeys(place) {
+  const press = (css) => () => place() && $(css, place())?.click();
+  return { o: press(".row-actions a"), d: press("[href$='?diff']"),
+    s: press("[data-subject] > button") };
 }
 
 const isLive = (run) => run.state === "running" || run.state === "queued";
@@ -21003,8 +21014,10 @@ function lastWords(job, host) {
   const { last } = job;
   if (!last) return muted("never ran");
   const end = endOfRun(last);
+  // A job that fails has "Output", which is the same link.
   return [link(`#/run/${last.id}`, timeNode(last.ended || timeOfRun(last),
-    host)), muted(last.started ? shortDuration(durationOf(last)) : ""),
+    host), { tabindex: job.failing && -1 }), muted(last.started
+    ? shortDuration(durationOf(last)) : ""),
   end !== "exit 0" && el("span", { class: `exit s-${runState(last)}`,
     text: end })];
 }
@@ -21116,7 +21129,6 @@ class JobRow {
     Object.assign(this, { job, seen });
     this.draw(isHost(job) ? hostCells(job) : isCheck(job) ? checkCells(job)
       : jobCells(job, host, onTop));
-    if (jobList?.focused === this.root) jobList.letTabReach(this.root, 0);
   }
 
   // Shows the cells that jobCells or checkCells returned.
@@ -21170,8 +21182,9 @@ class JobList {
     Object.assign(this, { rows: new Map(), groups: new Map(), focused: null,
       opened: new Set(), all: [] });
     this.body = el("div", { class: "jobs", role: "table",
-      "aria-label": "Jobs", onfocusin: (event) => this.setFocused(
-        event.target.closest(".row")) });
+      "aria-label": "Jobs", onfocusin: (event) => {
+        this.focused = event.target.closest(".row") || this.focused;
+      } });
     this.heads = el("div", { role: "rowgroup" }, el("div", { class: "heads",
       role: "row" }, COLUMNS.map(([kind, word]) => el("div",
       { class: `c-${kind}`, role: "columnheader" }, kind === "act"
@@ -21366,16 +21379,10 @@ class JobList {
     next?.scrollIntoView({ block: "nearest" });
   }
 
-  // Only the history of the focused row is reached by Tab.
-  setFocused(row) {
-    if (row === this.focused || !row) return;
-    this.letTabReach(this.focused || this.body, -1);
-    this.focused = row;
-    this.letTabReach(row, 0);
-  }
-
-  letTabReach(row, tabindex) {
-    $(".bars", row)?.setAttribute("tabindex", tabindex);
+  // Goes to the history bar of the focused row: it is no Tab stop, because
+  // the page of the job has it too.
+  toBars() {
+    if (this.focused) $(".bars", this.focused)?.focus();
   }
 
   runFocused() {
@@ -22250,6 +22257,7 @@ function runView(place, root) {
       shown.moved(next);
       return true;
     }, shortcuts: {
+      d: () => shown?.compare(), n: () => shown?.nextChange(),
       f: () => shown?.output.setFollow(!shown.output.following),
       w: () => shown?.output.setWrap(), r: () => shown?.again(),
       "/": () => shown?.output.finder.focus(),
@@ -22406,6 +22414,11 @@ class RunPage {
     else showToast(resultWords(result), "bad");
   }
 
+  nextChange() {
+    const list = $(".difflines", this.compared);
+    if (list) showNextChange(list);
+  }
+
   // Shows or hides the difference from the last good run.
   async compare() {
     if (!this.good) return showToast("No good run to compare with.");
@@ -22424,7 +22437,7 @@ class RunPage {
 
 const MOST_COMPARED = 4000, MOST_DIFFERENCES = 1500;
 
-// Returns the first lines of a run's output as texts.
+// Returns the first lines of a run's output.
 async function linesToCompare(id) {
   const terminal = new Terminal();
   for await (const { frames } of outputOf(id)) {
@@ -22432,7 +22445,7 @@ async function linesToCompare(id) {
     if (terminal.lines.length > MOST_COMPARED) break;
   }
   terminal.breakLine();
-  return { lines: terminal.lines.slice(0, MOST_COMPARED).map(textOf),
+  return { lines: terminal.lines.slice(0, MOST_COMPARED),
     cut: terminal.lines.length > MOST_COMPARED };
 }
 
@@ -22491,8 +22504,10 @@ function diffNode(old, young, good, close) {
   const ignore = el("input", { type: "checkbox", checked: true,
     onchange: () => show() });
   const counts = muted();
+  // Compares again, with or without the digits of the lines.
   function show() {
-    const key = ignore.checked ? withoutDigits : (line) => line;
+    const key = (line) => ignore.checked ? withoutDigits(textOf(line))
+      : textOf(line);
     const a = old.lines.map(key), b = young.lines.map(key);
     const found = difference(a.map((_, at) => at), b.map((_, at) => at),
       (x, y) => a[x] === b[y])?.map(([sign, at]) => [sign,
@@ -22551,8 +22566,10 @@ function diffLines(found) {
   found.forEach(([sign, line], at) => {
     if (!near.has(at)) { folded += 1; return; }
     fold();
-    nodes.push(el("div", { class: { "+": "new", "-": "removed", " ": "" }[sign]
-    }, el("span", { class: "sign", text: sign }), line || " "));
+    const node = el("div", { class: { "+": "new", "-": "removed",
+      " ": "" }[sign] }, el("span", { class: "sign", text: sign }));
+    paint(node, line);
+    nodes.push(node);
   });
   fold();
   return nodes;
@@ -22565,9 +22582,9 @@ function jobView(place, root) {
   const id = +place.parts[0], job = state.jobs.get(id);
   if (!job) return lostView(place, root);
   const page = new JobPage(job, root);
-  return { title: job.label, shortcuts: { r: () => canRun(page.job)
-    && go(`job/${id}/run`) }, update: (changes) => page.update(changes),
-  leave: () => page.leave() };
+  return { title: job.label, shortcuts: { ...problemKeys(() => root),
+    r: () => canRun(page.job) && go(`job/${id}/run`) }, update: (changes) =>
+    page.update(changes), leave: () => page.leave() };
 }
 
 // One job: what is wrong with it, its last runs as pictures, its runs.
@@ -23421,7 +23438,7 @@ class Day {
         outcomeCounts(items.map((item) => item.outcome))
         || "nothing yet"}` },
     ({ outcome, at, end }) => tipWords(outcome, at, host, end && end - at),
-    ({ run }) => run ? `#/run/${run}` : location.hash);
+    ({ run }) => run ? `#/run/${run}` : `#/job/${job.id}`);
     const line = (at, kind) => svg("path", { class: kind,
       d: `M${this.x(at, width)} -5v26` });
     node.prepend(...this.hoursShown(width).map((at) => line(at, "hour")));
@@ -23434,13 +23451,15 @@ class Day {
     return node;
   }
 
+  // Shows the starts of these rows as a table, the earliest first.
   tabulate(shown) {
     const rows = shown.flatMap(({ job, starts }) => starts.map((start) =>
       ({ ...start, job }))).sort((a, b) => a.at - b.at).slice(0, 2000);
     this.table.replaceChildren(this.table.firstChild, table(["Start", "Job",
       "Host", "How", "Took"], rows.map(({ job, run, at, end, outcome }) => {
       const time = shortTime(at, hostOf(job));
-      return tableRow(run ? link(`#/run/${run}`, time) : time, job.label,
+      return tableRow(link(run ? `#/run/${run}` : `#/job/${job.id}`, time),
+        job.label,
         hostName(job.host), OUTCOMES[outcome] || outcome,
         el("td", { class: "num" }, end ? formatDuration(end - at) : ""));
     })));
@@ -23603,7 +23622,8 @@ function checkHead(check, isOpen) {
       hasProblem(check) && snoozeBox(check),
       confirmButton("Delete\u2026", `Delete ${name}`, () =>
         withToast(remove, "Deleted"), { class: "btn danger" })]),
-  factList([["State", stateMark(checkState(check))],
+  factList([["State", check.state === "new" ? stateMark("new",
+    "waiting for the first ping") : stateMark(checkState(check))],
     ["Expected", check.words], ["Grace", formatDuration(check.grace)],
     ["Last ping", check.last_ping ? timeNode(check.last_ping) : "none yet"],
     ["Next", check.next ? timeNode(check.next) : check.state === "paused"
@@ -23615,15 +23635,25 @@ function checkHead(check, isOpen) {
     ["Tags", check.tags]]),
   check.desc ? el("p", { text: check.desc }) : "",
   ...isOperator() ? [snippet(pingUrl(check)),
-    pingExamples(pingUrl(check), isOpen || !check.n)] : []];
+    pingExamples(check, isOpen || !check.n)] : []];
 }
 
-// Returns examples of how to ping a URL.
-function pingExamples(url, open) {
+// Returns the five columns of a crontab that fit a check.
+function columnsOf({ kind, schedule, period }) {
+  if (kind === "cron") return schedule;
+  const minutes = Math.max(1, Math.round(period / 60));
+  if (minutes < 60) return `*/${minutes} * * * *`;
+  if (minutes < 1440) return `0 */${Math.round(minutes / 60)} * * *`;
+  return period < 7 * 86400 ? "30 2 * * *" : "30 2 * * 0";
+}
+
+// Returns examples of how to ping a check.
+function pingExamples(check, open) {
+  const url = pingUrl(check);
   const example = (title, text) => [el("h3", { text: title }), snippet(text)];
   return el("details", { class: "card", open },
     el("summary", { text: "How to ping it" }),
-    example("In a crontab", `30 2 * * * backup.sh && curl -fsS -m 10 `
+    example("In a crontab", `${columnsOf(check)} backup.sh && curl -fsS -m 10 `
       + `--retry 5 -o /dev/null ${url}`),
     example("In a script, with its output and exit status", `curl -fsS -m 10 `
       + `${url}/start\nout=$(backup.sh 2>&1); status=$?\n`
@@ -24147,6 +24177,8 @@ function viewerSection() {
 const SHORTCUTS = [["/", "search or filter"], ["j  k",
   "down, up; older, newer"], ["Enter", "open"],
 ["\u2190  \u2192", "move along the run history bar"], ["r", "run the job"],
+["o", "output of the last run"], ["d", "difference from the last good run"],
+["n", "next difference"], ["s", "snooze"],
 ["f", "follow an output"], ["w", "wrap its lines"], ["g j", "jobs"],
 ["g r", "run by hand"], ["g t", "the day"],
 ["g s", "search"], ["g a", "alerts"], ["g h", "hosts"],

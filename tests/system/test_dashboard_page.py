@@ -30,6 +30,11 @@ def stand_in():
         yield stand_in
 
 
+def focus_of(page) -> str:
+    return page.js("return document.activeElement.getAttribute('aria-label')"
+                   " || document.activeElement.textContent")
+
+
 @pytest.fixture
 def page(browser, stand_in):
     """Logged in, at the list of jobs."""
@@ -596,6 +601,40 @@ def test_every_view_is_reached_by_keyboard(page, stand_in):
     page.keys("r", "g")         # in a field these are letters
     assert page.js("return document.activeElement.value") == "rg"
     page.keys("Escape")
+
+
+def test_keys_snooze_and_compare_and_a_failing_row_has_4_tab_stops(page):
+    page.find(".attention .why pre")
+    name = page.js("const row = document.querySelector('.attention .row:has("
+                   "pre):not(:has(.run))'); const link = row.querySelector("
+                   "'.c-name a'); link.focus(); return link.innerText")
+    stops = []
+    while page.js("return document.activeElement.closest('.row')"
+                  "?.row.job.label") == name:
+        stops.append(focus_of(page))
+        page.keys("Tab")
+    assert stops == [name, "Output", "Diff with last good", f"Snooze {name}"]
+    page.keys("k", "s")
+    page.wait("document.activeElement.closest('#menu')")
+    page.keys("Escape")
+    page.keys("d")
+    page.wait("location.hash.endsWith('?diff')")
+    page.find(".difflines .new")
+    # The last change is above the space below it, so n goes back to the first.
+    page.js("const list = document.querySelector('.difflines'), space = "
+            "document.createElement('div'); space.style.height = '3000px'; "
+            "list.append(space); list.scrollTop = 3000")
+    page.keys("n")
+    page.wait("document.querySelector('.difflines').scrollTop < 2000")
+    page.keys("d")
+    page.wait("!document.querySelector('.difflines')")
+
+
+def test_difference_has_the_colours_of_the_output(page, stand_in):
+    page.visit(f"run/{stand_in.world.colours}?diff", ".difflines .new .f3")
+    assert "warning" in page.js("return [...document.querySelectorAll("
+                                "'.difflines .new .f3')].map((one) => "
+                                "one.textContent)")
 
 
 def test_every_control_has_a_name_and_every_view_one_h1(page, stand_in):
@@ -1259,11 +1298,6 @@ def test_check_is_created_edited_paused_and_deleted(page, stand_in):
     assert made[0]["id"] not in checks
 
 
-def focus_of(page) -> str:
-    return page.js("return document.activeElement.getAttribute('aria-label')"
-                   " || document.activeElement.textContent")
-
-
 def test_deletion_asks_by_name_and_a_push_does_not_take_the_question_away(
         page, stand_in):
     world = stand_in.world
@@ -1456,6 +1490,20 @@ def test_paused_job_says_so_until_its_pause_ends(page, stand_in):
         page.js(change, {**job, "next": None, "paused": paused})
         page.wait(f"{row}.includes(' paused') === {json.dumps(said)}")
     page.js(change, job)
+
+
+@pytest.mark.parametrize("facts, columns", [
+    ({"kind": "cron", "schedule": "5 6 * * 1"}, "5 6 * * 1"),
+    ({"period": 900}, "*/15 * * * *"), ({"period": 7200}, "0 */2 * * *"),
+    ({"period": 86400}, "30 2 * * *"), ({"period": 604800}, "30 2 * * 0")])
+def test_new_check_shows_its_own_schedule_and_waits_for_the_first_ping(
+        page, stand_in, facts, columns):
+    check = next(one for one in stand_in.world.checks.values()
+                 if one["state"] == "new")
+    stand_in.world.push(checks=[{**check, "kind": "simple", **facts}])
+    page.visit(f"check/{check['id']}", ".snippet")
+    page.shows(f"{columns} backup.sh && curl")
+    page.shows("waiting for the first ping", css=".facts")
 
 
 NEW = "New notification\u2026"
