@@ -28975,7 +28975,7 @@ checks the signature, and neither dashboard nor operator key can make it.
           test_both_keys_of_a_password_differ
           test_no_mutated_or_replayed_request_is_executed
 
-    The dashboard's disk, or whoever took the dashboard over
+    The dashboard's disk, or an attacker who controls the dashboard
         read     all but secret arguments, keys and tokens, of which it has
                  SHA-256 alone; the passphrase, if the page that it serves is
                  used
@@ -29021,11 +29021,11 @@ checks the signature, and neither dashboard nor operator key can make it.
           test_an_unknown_ping_is_refused_before_its_body_arrives
           test_pings_have_the_paths_of_healthchecks
 
-One exception: whoever serves the page can take the passphrase that is typed
-there. While a dashboard is down, any user of its machine can take a port from
-1024 on and serve such a page; the embedded dashboard of root's koid has a port
-below that. The output of `koitab page`, opened from disk, and `koitab run --on
-HOST` do not run code of the server.
+One exception: a server can take the passphrase that is typed into its page.
+While a dashboard is down, any user of its machine can take a port from 1024 on
+and serve such a page; the embedded dashboard of root's koid has a port below
+that. The output of `koitab page`, opened from disk, and `koitab run --on HOST`
+do not run code of the server.
 
 LIMITS
 

@@ -1459,11 +1459,6 @@ def parties() -> str:
     return words[words.index("What each party"):].partition(" LIMITS ")[0]
 
 
-def test_readme_has_the_parties_of_the_topic_security():
-    text = (support.ROOT / "README.md").read_text(encoding="utf-8")
-    assert parties() in " ".join(text.split())
-
-
 def test_every_test_named_by_the_topic_security_exists():
     there = {name for path in (support.ROOT / "tests").rglob("test_*.py")
              for name in re.findall(r"^def (test_\w+)\(", path.read_text(),

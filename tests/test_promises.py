@@ -451,28 +451,7 @@ def test_no_line_ends_in_blanks_or_contains_a_tab(name):
         if line != line.rstrip() or "\t" in line] == []
 
 
-# --- the README says all of it, and nothing else --------------------------
-
-
-def rows() -> list[list[str]]:
-    """The cells of every row of the README's tables."""
-    path = support.ROOT / "README.md"
-    assert path.exists(), "README.md is missing"
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.startswith("|")]
-
-
-def words_of_tables() -> set[str]:
-    """What stands in backquotes in the first cell of a row."""
-    return {word for row in rows() for word in re.findall(
-        r"`([^`]+)`", row[0])}
-
-
-def documented_keys() -> set[str]:
-    """tasks[].slug, storage.sync, ... as the README's tables name them."""
-    return {word.replace("<name>", "*").replace("NAME", "*").removesuffix(
-        "[]") for word in words_of_tables()}
+# --- the manual says all of it, and nothing else --------------------------
 
 
 def all_keys(record=None, path: str = "") -> set[str]:
@@ -497,20 +476,6 @@ def test_every_configuration_key_has_a_description():
             if not meaning] == []
 
 
-def test_every_key_of_the_configuration_is_in_the_readmes_tables():
-    assert sorted(all_keys() - documented_keys()) == []
-
-
-def test_readme_names_only_existing_keys():
-    tops = tuple(f"{key}{mark}" for key in mission.Config.keys
-                 for mark in (".", "[]."))
-    named = {word for word in documented_keys() if word.startswith(tops)
-             and re.fullmatch(r"[A-Za-z*.\[\]]+", word)}
-    assert sorted(named - all_keys() - {"mail.smtp"}) == []
-    assert named
-
-
-
 def test_every_key_of_the_configuration_is_in_its_topic():
     terms = re.findall(r"^  (\S+)$", mission.topic_text("config"), re.M)
     assert {term.replace("NAME", "*") for term in terms} == all_keys()
@@ -526,21 +491,16 @@ def test_every_result_and_metric_is_in_the_topic_status():
             if not re.search(rf"\b{word}\b", text, re.I)] == []
 
 
-def test_every_option_is_in_the_readmes_tables_and_in_the_manual():
+def test_every_option_is_in_the_manual():
     options = {name for option in mission.OPTIONS.values()
                for name in option.names}
-    named = {word for text in words_of_tables() for word in re.findall(
-        r"(?<![\w-])--?[A-Za-z][a-z-]*", text)}
     manual = set(re.findall(r"^  (--?[A-Za-z-]+)(?:, (--[a-z-]+))?",
                             mission.manual_text(), re.M))
-    assert sorted(options - named) == []
     assert {name for names in manual for name in names if name} == options
 
 
-def test_every_command_is_in_the_readme_the_usage_and_the_manual():
-    text = (support.ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_command_is_in_the_usage_and_the_manual():
     for command in mission.COMMANDS:
-        assert re.search(rf"\bmission (\[options\] )?{command}\b", text)
         assert re.search(rf"^.{{8}}{command}\b", mission.usage(), re.M)
         assert re.search(rf"^  mission {command}\b", mission.manual_text(),
                          re.M)
@@ -548,13 +508,6 @@ def test_every_command_is_in_the_readme_the_usage_and_the_manual():
 
 EXITS = {value for word, value in vars(mission).items()
          if word.startswith("EXIT_")}
-
-
-def test_every_exit_status_is_in_the_readmes_table():
-    first = {re.sub(r"[`*]", "", row[0]) for row in rows()}
-    wanted = {str(value) for value in EXITS - {mission.EXIT_SIGNAL}}
-    assert sorted(wanted - first) == []
-    assert first & {"128+N", "128 + N"}
 
 
 @pytest.mark.parametrize("text", [mission.manual_text(),
@@ -582,7 +535,7 @@ def test_sample_fits_79_columns():
 
 
 # Limits that the tests make short, so that none of them waits so long. The
-# first is the contract's; README and comments name the others.
+# first is the contract's; the manual and comments name the others.
 LIMITS = [
     ("mission", "TERM_TO_KILL", 10), ("mission", "KILL_TO_GONE", 10),
     ("mission", "GRACE", 2), ("mission", "SILENCE", 1),

@@ -1,4 +1,4 @@
-"""README's way from cron to koid on a machine that systemd boots.
+"""The README's way from cron to koid on a machine that systemd boots.
 
 systemd is process 1 of PID, mount, cgroup, network and other namespaces of
 the test's own, over an overlay of this machine's root: nothing is changed
@@ -9,7 +9,6 @@ another boot ID. The commands are those of the README.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import uuid
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import support
+from readme import commands
 from support import wait_until
 
 pytestmark = support.root_only
@@ -53,6 +53,7 @@ mount -t devpts -o newinstance,ptmxmode=0666 devpts dev/pts
 ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd
 mount -t tmpfs tmpfs run
+mount --make-rshared .      # or no unit gets its credentials
 exec env -i container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin \\
     chroot . /lib/systemd/systemd --system --log-target=journal --show-status=0
 """
@@ -67,7 +68,7 @@ def make_cgroup() -> Path:
         if kind == "cgroup2":
             own = Path("/proc/self/cgroup").read_text().rpartition(
                 "0::")[2].splitlines()[0]
-            group = Path(place + own) / f"koi-test-{os.getpid()}"
+            group = Path(place + own) / f"koi-test-{uuid.uuid4().hex[:8]}"
             try:
                 group.mkdir()
                 (group / "inner").mkdir()
@@ -78,25 +79,15 @@ def make_cgroup() -> Path:
     return support.absent("cgroup2 is not mounted")
 
 
-def readme(heading: str, first: str) -> list[str]:
-    """The commands of a section's block that begins with `first`, for root.
-    """
-    text = (support.ROOT / "README.md").read_text()
-    section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
-    block = next(found for found in re.findall(
-        r"(?:^    .*\n)+", section, re.M) if first in found.split("\n")[0])
-    return [line.partition("  #")[0].strip().replace("sudo ", "")
-            for line in block.splitlines()]
-
-
 class Computer:
-    """A machine that can be booted again."""
+    """A machine that can be booted again. It has a network of its own, with
+    loopback alone, or that of another computer, which runs."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, network: Computer | None = None):
         support.need("unshare", "nsenter", "cron", "systemctl", "pgrep")
         if not os.path.exists("/lib/systemd/systemd"):
             support.absent("systemd is missing: apt-get install systemd")
-        self.group = make_cgroup()
+        self.group, self.network = make_cgroup(), network
         place = folder / "machine"
         place.mkdir()
         self.holder = subprocess.Popen(
@@ -124,17 +115,20 @@ class Computer:
         for path in (self.root / "etc/cron.d").iterdir():
             path.unlink()
         (self.root / "etc/crontab").write_text("")
-        (self.root / "root/koitab.py").write_bytes(
-            (support.ROOT / "koitab.py").read_bytes())
-        for name in ("koitab", "koid"):
+        for name in ("koitab.py", "mission.py"):
+            (self.root / "root" / name).write_bytes(
+                (support.ROOT / name).read_bytes())
+        for name in ("koitab", "koid", "mission"):
             (self.root / "usr/local/bin" / name).unlink(missing_ok=True)
 
     def boot(self) -> None:
         """Boot, and wait until all units are started."""
         (self.root / "boot_id").write_text(f"{uuid.uuid4()}\n")
+        network = f"nsenter -n -t {self.network.init} unshare" \
+            if self.network else "unshare -n"
         self.systemd = subprocess.Popen(
             ["nsenter", "-t", str(self.holder.pid), "-m", "sh", "-c",
-             f'echo 0 > "{self.group}/cgroup.procs"; exec unshare -fpmniuC '
+             f'echo 0 > "{self.group}/cgroup.procs"; exec {network} -fpmiuC '
              '--kill-child --propagation private sh -c "$@"', "sh",
              BOOT_SCRIPT, "sh", self.top], stdin=subprocess.DEVNULL)
         wait_until(lambda: self.run("systemctl is-system-running").out.strip()
@@ -171,11 +165,16 @@ class Computer:
             return False
         return True
 
+    @property
+    def init(self) -> int:
+        """The process ID of systemd; 0 before it is there."""
+        return (support.children_of(self.systemd.pid) or [0])[0]
+
     def run(self, command: str) -> support.Result:
         """Run a shell's command on the machine, as root at a terminal."""
-        init = (support.children_of(self.systemd.pid) or [0])[0]
         done = subprocess.run(
-            ["nsenter", "-t", str(init), *ENTER, "env", "-i", "HOME=/root",
+            ["nsenter", "-t", str(self.init), *ENTER, "env", "-i",
+             "HOME=/root",
              "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "sh", "-c",
              f"cd /root; {command}"], stdin=subprocess.DEVNULL, timeout=60,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -189,6 +188,12 @@ class Computer:
         return done.out
 
 
+def install(computer: Computer) -> None:
+    """Install koi and start koid, as the README says."""
+    for command in commands("Install 2", "Quick start: koi 1"):
+        computer.do(command)
+
+
 @pytest.fixture
 def computer(tmp_path):
     computer = Computer(tmp_path)
@@ -200,20 +205,19 @@ def computer(tmp_path):
 
 
 def test_machine_changes_from_cron_to_koid_and_survives_a_reboot(computer):
-    # koid beside cron, as in "Install koi": it answers when systemctl
-    # returns, and is a unit that is ready.
+    # koid next to cron: it answers when systemctl returns, and is a unit
+    # that is ready.
     (computer.root / "etc/cron.d/site").write_text(
         "@reboot root echo up >> /root/boots\n"
         "0 0 1 1 * root echo yearly\n")
     assert computer.do("systemctl is-active cron") == "active\n"
-    for command in readme("Install koi", "install -m"):
-        computer.do(command)
+    install(computer)
     computer.do("koitab status")
     assert computer.do("systemctl is-enabled koid") == "enabled\n"
     assert computer.do("systemctl show -P Type koid") == "notify\n"
 
-    # The switch, as in "Coming from cron".
-    for command in readme("Coming from cron", "disable --now cron"):
+    # The switch.
+    for command in commands("Moving from cron 1"):
         computer.do(command)
     assert computer.run("systemctl is-active cron").out == "inactive\n"
     computer.do("koitab status")
@@ -270,16 +274,15 @@ def test_machine_changes_from_cron_to_koid_and_survives_a_reboot(computer):
     assert "the machine went down" in computer.do("koitab history Lost")
 
     # And back.
-    for command in readme("Coming from cron", "disable --now koid"):
+    for command in commands("Moving from cron 2"):
         computer.do(command)
     assert computer.do("systemctl is-active cron") == "active\n"
     assert (computer.root / "root/boots").read_text() == "up\n"
 
 
 def test_embedded_dashboard_survives_a_reboot_and_moves_into_a_unit(computer):
-    for command in readme("Install koi", "install -m"):
-        computer.do(command)
-    for command in readme("A dashboard in five minutes", "koitab -d new"):
+    install(computer)
+    for command in commands("Quick start: the dashboard 1"):
         assert "http://127.0.0.1:877/#" in computer.do(command)
     wait_until(lambda: computer.run("koitab -d show").code == 0, 30, "koid")
     assert computer.do("ps -C koi-dashboard -o uid= --no-headers").strip() \

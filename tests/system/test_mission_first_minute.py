@@ -1,7 +1,8 @@
-"""The README's first minute works as typed, on every kind of machine.
+"""The README's quick start of mission works as typed, on every kind of
+machine.
 
-The block is run literally by sh, in an empty directory, with nothing but the
-program and the base system on PATH.
+Its blocks are run literally by sh, without sudo, in an empty directory, with
+nothing but the program and the base system on PATH.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import textwrap
 
 import pytest
 
 import support
+from readme import commands
 
-README = (support.ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = textwrap.dedent(re.search(
-    r"## Sixty seconds\n\n((?:    .*\n|\n)+)", README)[1])
+BLOCK = "\n".join(commands(*(
+    f"Quick start: mission {number}" for number in (1, 2, 3)))).replace(
+    "/srv/backup", "backup")
 CONFIG = "backup/mission.config.json"
 
 
@@ -76,7 +77,7 @@ def test_first_minute_of_root_works_as_typed(host, tmp_path, empty, users,
     result = type_block(host, tmp_path, variables=variables, cwd=empty)
     assert (result.code, result.err) == (0, "")
     assert user_of(empty) == expected
-    copied = empty / "backup/local/passwd"
+    copied = empty / "backup/local/etc.tar.gz"
     assert support.owner(copied) == {
         "root": 0, support.ALICE: support.ALICE_UID,
         support.MALLORY: support.MALLORY_UID}[expected]
@@ -96,7 +97,8 @@ def test_first_minute_of_an_ordinary_user_works_as_typed(host, tmp_path,
                    "SUDO_USER": support.MALLORY})
     assert (result.code, result.err) == (0, "")
     assert user_of(empty) == support.ALICE
-    assert support.owner(empty / "backup/local/passwd") == support.ALICE_UID
+    copied = empty / "backup/local/etc.tar.gz"
+    assert support.owner(copied) == support.ALICE_UID
 
 
 def test_new_requires_only_a_readable_configuration_and_task_directory(
