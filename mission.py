@@ -7198,7 +7198,8 @@ def start_pager():
     import shlex
     import shutil
     import subprocess
-    pager = os.environ.get("PAGER") or shutil.which("less") or "cat"
+    pager = os.environ.get("PAGER", "").strip() or shutil.which("less") \
+        or "cat"
     try:
         return subprocess.Popen(shlex.split(pager), stdin=subprocess.PIPE,
                                 encoding="utf-8")
@@ -7208,19 +7209,32 @@ def start_pager():
                     "export PAGER=cat") from None
 
 
-def print_paged(text: str) -> int:
-    """Print a text, on a terminal through the pager; return the exit status.
-    Raises Error, after the text was printed without a pager."""
-    if not sys.stdout.isatty():
-        print(text, end="")
-        return 0
+def write_paged(produce) -> int:
+    """Call produce(write), where write(text) prints on a terminal through
+    the pager; return the exit status. Raises Error, after the text was
+    printed without a pager."""
+    pager = failure = None
+    if sys.stdout.isatty():
+        try:
+            pager = start_pager()
+        except Error as error:
+            failure = error
     try:
-        pager = start_pager()
-    except Error:
-        print(text, end="")
-        raise
-    pager.communicate(text)
+        produce((pager.stdin if pager else sys.stdout).write)
+    except BrokenPipeError:
+        if not pager:       # else the reader has seen enough
+            raise
+    finally:
+        if pager:
+            pager.communicate()
+    if failure:
+        raise failure
     return 0
+
+
+def print_paged(text: str) -> int:
+    """Print a text, see `write_paged`."""
+    return write_paged(lambda write: write(text))
 
 
 # ==========================================================================
@@ -8240,19 +8254,9 @@ def command_log(options, run: str = "") -> int:
         raise Error(f"no saved log of run {quoted(run)}" if run else
                     "no saved logs: only a run with --headless saves its log",
                     "mission history" if run else "")
-    path, pager = runs[-1]["log"], None
-    if sys.stdout.isatty():
-        pager = start_pager()
-    try:
-        answer_about(path, lambda send: send_log(send, path), on_message=(
-            pager.stdin if pager else sys.stdout).write)
-    except BrokenPipeError:
-        if not pager:       # else the reader has seen enough
-            raise
-    finally:
-        if pager:
-            pager.communicate()
-    return EXIT_OK
+    path = runs[-1]["log"]
+    return write_paged(lambda write: answer_about(
+        path, lambda send: send_log(send, path), on_message=write))
 
 
 def send_log(send, path: str) -> None:

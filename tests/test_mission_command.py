@@ -198,6 +198,30 @@ def test_pager_is_cat_where_less_is_missing(typed, monkeypatch):
         assert pager.args == ["cat"]
 
 
+UNUSABLE_PAGERS = [("/missing/less -R", "No such file or directory"),
+                   ("less '", "No closing quotation")]
+
+
+@pytest.mark.parametrize("pager, reason", UNUSABLE_PAGERS)
+def test_text_is_printed_before_the_error_of_an_unusable_pager(
+        pager, reason, typed, past, monkeypatch):
+    monkeypatch.setenv("PAGER", pager)
+    for words in (["help", "tasks"], ["log"]):
+        expected = typed(*words)[1]
+        with monkeypatch.context() as terminal:
+            terminal.setattr(mission.sys.stdout, "isatty", lambda: True)
+            assert typed(*words) == (1, expected, (
+                f"mission: error: cannot start $PAGER ({pager}): {reason}\n"
+                "mission: hint: export PAGER=cat\n"))
+
+
+def test_blank_pager_is_cat_where_less_is_missing(typed, monkeypatch):
+    monkeypatch.setenv("PAGER", "  ")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with mission.start_pager() as pager:
+        assert pager.args == ["cat"]
+
+
 def test_command_version_prints_the_same_as_the_option(typed):
     assert typed("version") == typed("--version")
 
