@@ -501,6 +501,7 @@ class JsoncReader:
 # the type and the default of a key.
 # ==========================================================================
 
+DEFAULT_CONFIG = "mission.config.json"
 LOWER, DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 
 # Regular expressions. That of an address is stricter than RFC 5321, because
@@ -519,6 +520,23 @@ def is_label(text: str, first: str) -> bool:
     64 of a-z, digits, - and _; the first one is in `first`."""
     import re
     return bool(re.fullmatch(f"[{first}][a-z0-9_-]{{0,63}}", text))
+
+
+def shell_word(path: str) -> str:
+    """Return a path for a command that a person pastes into a shell. Another
+    user may have chosen its name."""
+    import shlex
+    return shlex.quote(path)
+
+
+def with_config(hint: str, file: str) -> str:
+    """Return a hint with `-c FILE` in its command, if that is one of mission
+    and `file` is not the default."""
+    import re
+    if file == DEFAULT_CONFIG or "--help" in hint:
+        return hint
+    option = f"{PROG} -c {shell_word(file)} "
+    return re.sub(rf"^{PROG} (?!-c )", lambda _: option, hint)
 
 
 class ValueType(FrozenRecord):
@@ -894,11 +912,42 @@ def key_path(path: tuple) -> str:
 KINDS = {dict: "an object", list: "a list", type(None): "null"}
 
 
+def is_endpoint(url: str) -> bool:
+    """Whether the URL is http or https and can be requested.
+
+    The host name must be ASCII: an international one has several forms (IDNA
+    2003 and 2008). A user's name cannot hold ":" (RFC 7617).
+    """
+    from urllib.parse import unquote, urlsplit
+    try:
+        parts = urlsplit(url.replace("%s", "host"))
+        host = parts.hostname or ""
+        return (parts.scheme in ("http", "https") and url.isprintable()
+                and not set(url) & {" ", "\\"} and parts.port != 0
+                and bool(host) and host.encode("idna").decode() == host
+                and ":" not in unquote(parts.username or ""))
+    except ValueError:          # of the port, brackets that do not match,
+        return False            # or a part of the host name
+
+
+def public_url(url: str) -> str:
+    """Return the part of a URL that messages name; the rest may hold a secret.
+    """
+    from urllib.parse import urlsplit
+    if not is_endpoint(url):
+        return "an invalid URL"
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
+
+
 def described(value) -> str:
-    """Return an invalid value, short enough for a line."""
+    """Return an invalid value, short enough for a line. Of a URL only the
+    server is shown, because the rest may be a secret."""
     if type(value) in KINDS:
         return KINDS[type(value)]
-    return quoted(value) if isinstance(value, str) else str(value).lower()
+    if isinstance(value, str):
+        return quoted(public_url(value) if "://" in value else value)
+    return str(value).lower()
 
 
 def suggestion(word: str, words) -> str:
@@ -1166,11 +1215,11 @@ BASH_RULE = "set -euo pipefail"
 
 def protection(writer: str) -> str:
     """Return the command against what `untrusted_writer` found, or ""."""
-    path, _, who = writer.partition(" is writable by ")
+    path, verb, who = writer.rpartition(" is writable by ")
     for start, change in (("everyone", "o-w"), ("its group", "g-w")):
         if who.startswith(f"{start} (mode"):
-            return f"chmod {change} {path}"
-    return f"setfacl -b {path}" if who else ""
+            return f"chmod {change} {shell_word(path)}"
+    return f"setfacl -b {shell_word(path)}" if verb else ""
 
 
 class Script(FrozenRecord):
@@ -1235,11 +1284,11 @@ class ConfigValidator:
         self.check_delivery()
         self.check_patterns()
         if self.facts.writer:
-            trusted = "nobody else" if self.config.trust == "root" \
-                else self.config.user.name
+            trusted = "root" if self.config.trust == "root" \
+                else f"root and {self.config.user.name}"
             self.add((), self.facts.writer, protection(self.facts.writer)
-                     or f"expected that only root and {trusted} can write "
-                     "the file and its directories", "trust")
+                     or f"expected that only {trusted} can write the file "
+                     "and its directories", "trust")
 
     def check_user(self) -> None:
         """Check user.name; root is allowed, with a note."""
@@ -1247,7 +1296,7 @@ class ConfigValidator:
         if self.facts.uids.get(self.config.user.name) != 0:
             self.check_account(self.config.user.name, path)
         elif not self.is_known(path):
-            self.diagnostics.add(path, "all backups will belong to root",
+            self.diagnostics.add(path, "root will own all backups",
                                  "expected an ordinary user, if there is one",
                                  fatal=False)
 
@@ -1296,11 +1345,11 @@ class ConfigValidator:
         error = facts["error"]
         if error:
             self.add(storage.where + ("path",), f"{path} {error}",
-                     f"mkdir -p {path}" if "exist" in error
+                     f"mkdir -p {shell_word(path)}" if "exist" in error
                      else "expected a directory that mission can use", scope)
         elif storage.commit and not facts["repository"]:
             self.add(commit, f"{path} is not a git repository",
-                     f"git init {path}, as its owner", scope)
+                     f"as its owner: git init {shell_word(path)}", scope)
         if storage.commit and not self.facts.programs.get("git"):
             self.add(commit, "git is not installed", "install git", scope)
 
@@ -1525,34 +1574,6 @@ def reachable(task: Task, tasks: dict) -> set:
     return found
 
 
-def is_endpoint(url: str) -> bool:
-    """Whether the URL is http or https and can be requested.
-
-    The host name must be ASCII: an international one has several forms (IDNA
-    2003 and 2008). A user's name cannot hold ":" (RFC 7617).
-    """
-    from urllib.parse import unquote, urlsplit
-    try:
-        parts = urlsplit(url.replace("%s", "host"))
-        host = parts.hostname or ""
-        return (parts.scheme in ("http", "https") and url.isprintable()
-                and not set(url) & {" ", "\\"} and parts.port != 0
-                and bool(host) and host.encode("idna").decode() == host
-                and ":" not in unquote(parts.username or ""))
-    except ValueError:          # of the port, brackets that do not match,
-        return False            # or a part of the host name
-
-
-def public_url(url: str) -> str:
-    """Return the part of a URL that messages name; the rest may hold a secret.
-    """
-    from urllib.parse import urlsplit
-    if not is_endpoint(url):
-        return "an invalid URL"
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/"
-
-
 def mail_domain(host: str) -> str:
     """Return the host's name as the domain of addresses and message IDs.
 
@@ -1743,8 +1764,8 @@ def script_errors(task: Task, config: Config, facts: HostFacts):
     path, head = script.path, script.head
     if script.state:
         yield f"{path} {script.state}", {
-            "does not exist": f"mission new {task.slug}",
-            "is not executable": f"chmod +x {path}",
+            "does not exist": f"{PROG} new {task.slug}",
+            "is not executable": f"chmod +x {shell_word(path)}",
             NOEXEC: "mount -o remount,exec, or another directory",
         }.get(script.state, "expected a script that can be read and run")
         return
@@ -1760,7 +1781,7 @@ def script_errors(task: Task, config: Config, facts: HostFacts):
         yield f"{path}:1: no interpreter in the #! line", "#!/bin/sh"
     elif head.split("\n", 1)[0].endswith("\r"):
         yield (f"{path}:1: the #! line ends in CR (a Windows line end)",
-               f"sed -i 's/\\r$//' {path}")
+               f"sed -i 's/\\r$//' {shell_word(path)}")
     elif script.missing_interpreter:
         yield (f"{path}:1: the interpreter {script.missing_interpreter} does "
                "not exist", "expected an interpreter of this host")
@@ -3627,12 +3648,13 @@ def barrier(path: str, user: str, mode: int) -> tuple:
         except PermissionError:
             directory = os.path.dirname(place)
             return (f"{directory} cannot be searched by {user}",
-                    f"chmod o+x {directory}")
+                    f"chmod o+x {shell_word(directory)}")
         except OSError:         # it is reported as missing
             return ()
     letter = "x" if mode == os.X_OK else "r"
     return () if os.access(path, mode, effective_ids=True) else (
-        f"{path} cannot be used by {user}", f"chmod o+{letter} {path}")
+        f"{path} cannot be used by {user}",
+        f"chmod o+{letter} {shell_word(path)}")
 
 
 def storage_facts(path: str, strict: bool, known: set[int] | None) -> dict:
@@ -4245,7 +4267,7 @@ class Repository:
         self.owner = me if uid == me.uid else account_of(uid)
         if self.owner is None:
             raise Error(f"{path} belongs to user ID {uid}, which has no "
-                        "account", f"chown -hR USER {path}")
+                        "account", f"chown -hR USER {shell_word(path)}")
         if self.owner.uid != me.uid and me.uid != 0:
             raise Error(f"{path} belongs to {self.owner.name}",
                         f"run mission as {self.owner.name} or as root")
@@ -4337,8 +4359,8 @@ class Repository:
         lines = done.output.split("\n")
         if done.code or len(lines) != 5 or lines[:2] != ["true", ""]:
             raise Error(f"{self.path}/.git does not lead to a repository of "
-                        f"{self.owner.name}", f"git -C {self.path} status, "
-                        f"as {self.owner.name}")
+                        f"{self.owner.name}", f"as {self.owner.name}: git -C "
+                        f"{shell_word(self.path)} status")
         found = [os.path.normpath(os.path.join(self.path, line))
                  for line in lines[2:4]]
         self.directories = list(dict.fromkeys(found))
@@ -4355,8 +4377,8 @@ class Repository:
         if found:
             raise Error(f"{escape_controls(found)}, and git runs as "
                         f"{self.owner.name}, who owns {self.path}",
-                        f"chown -hR {self.owner.name}: {self.path}, or "
-                        '"chown": true for this storage')
+                        f"{UNREADABLE_HINT}, or: chown -hR "
+                        f"{self.owner.name}: {shell_word(self.path)}")
         if self.owner.uid == 0:
             self.refuse_untrusted(self.directories)
             self.refuse_untrusted_files()
@@ -4370,7 +4392,7 @@ class Repository:
         if found:
             raise Error("git would run as root, and "
                         + escape_controls(found), protection(found)
-                        or f"chown -hR USER {self.path}")
+                        or f"chown -hR USER {shell_word(self.path)}")
 
     def refuse_untrusted_files(self) -> None:
         """Raise Error if anyone but root can write a file outside the
@@ -4536,7 +4558,8 @@ class Repository:
                 lock = escape_controls(min(locks))
                 raise Error(f"{lock} is held by {users[0]}" if users else
                             f"{lock} is less than 15 minutes old",
-                            f"rm {lock}, if no git is running there")
+                            "once no git is running there: rm "
+                            + shell_word(lock))
 
     def clear_locks(self) -> bool:
         """Remove the locks of a git that was killed, as the owner; whether
@@ -4882,6 +4905,18 @@ def request_url(endpoint: str, action: str = "", run_id: str = "") -> str:
     return urlunsplit((parts.scheme, parts.netloc, path, query, ""))
 
 
+def hide_url(text: str, url: str) -> str:
+    """Return a server's text with *** for each part of the path and query of
+    `url`, which may be secret: a server can repeat its request."""
+    import re
+    from urllib.parse import unquote
+    words = re.split("[/?&=]", request_target(url))
+    for word in sorted({*words, *map(unquote, words)}, key=len, reverse=True):
+        if len(word) > 5:       # "start" and "ping" are no secrets
+            text = text.replace(word, MASK)
+    return text
+
+
 def worth_another(answer: str) -> bool:
     """Whether another try may help after "SERVER: WHAT": not after a status
     4xx of HTTP, except 408 (timeout) and 429 (too many requests), or a reply
@@ -5007,6 +5042,7 @@ class Delivery:
         accepted, answer = self.processes.run_in_child(
             ping.timeout, fetch, ping, url, body)
         proxy = f" through {public_url(ping.proxy)}" if ping.proxy else ""
+        answer = hide_url(answer, url)
         return accepted, answer if accepted \
             else f"{public_url(url)}{proxy}: {answer}"
 
@@ -5211,7 +5247,7 @@ class Spotify:
             else 0.5 * 2 ** (tried - 1)
         if seconds > LONGEST_WAIT:
             raise Error(f"Spotify allows no request for {retry_after} s",
-                        "mission run -t spotify, later")
+                        "mission run -t spotify")
         self.log(f"Waiting {format_duration(seconds)}: {reason}")
         time.sleep(seconds)
 
@@ -5459,8 +5495,8 @@ def make_private_directory(directory: str) -> None:
     if status.st_uid != os.geteuid() or status.st_mode & 0o022 \
             or not stat.S_ISDIR(status.st_mode):
         raise Error(f"{directory} is writable by other users",
-                    f"chown {myself().name} {directory}; "
-                    f"chmod 700 {directory}")
+                    f"chown {myself().name} {shell_word(directory)}; "
+                    f"chmod 700 {shell_word(directory)}")
     above = os.path.realpath(os.path.dirname(directory))
     found = writer_of(above, {0, os.geteuid()})
     if found:
@@ -6094,7 +6130,8 @@ def storage_error(storage: Storage, commit: bool = False) -> str:
         error = "is not mounted"
     if not error and commit and not found["repository"]:
         error = (f"is not a git repository, which storage.{storage.name}."
-                 f"commit needs (git init {storage.path}, as its owner)")
+                 "commit needs (as its owner: git init "
+                 f"{shell_word(storage.path)})")
     return f"{storage.path} {error}" if error else ""
 
 
@@ -7681,8 +7718,8 @@ class Option(FrozenRecord):
 
 OPTIONS = {     # by the name of the value
     "config": Option("-c, --config FILE",
-                     "the configuration (default: mission.config.json)",
-                     "mission.config.json", "store"),
+                     f"the configuration (default: {DEFAULT_CONFIG})",
+                     DEFAULT_CONFIG, "store"),
     "tasks": Option("-t, --task SLUG",
                     "run this task, scheduled or not; repeatable", [],
                     "append"),
@@ -7759,6 +7796,19 @@ def command_word(argv: list[str]) -> str:
     return ""
 
 
+def named_config(argv: list[str]) -> str:
+    """Return the FILE of -c in a command line, which may be invalid."""
+    names, found = OPTIONS["config"].names, DEFAULT_CONFIG
+    for word, after in zip(argv, [*argv[1:], ""]):
+        if word in names:
+            found = after or found
+        elif word.startswith(f"{names[1]}="):
+            found = word.partition("=")[2]
+        elif word.startswith(names[0]):
+            found = word[2:]
+    return found
+
+
 def parse_arguments(argv: list[str]):
     """Return (command, options, arguments) of a command line. Raises Error.
 
@@ -7800,7 +7850,7 @@ def check_arguments(name: str, command: Command, words: list[str]) -> None:
     if len(words) > len(wanted):
         word = words[len(wanted)]
         if os.path.isfile(word):
-            hint = f"{PROG} -c {word} {name}"
+            hint = f"{PROG} -c {shell_word(word)} {name}"
         raise Error(f"unexpected argument {quoted(word)}", hint, EXIT_USAGE)
     for argument in wanted[len(words):]:
         if not argument.startswith("["):
@@ -7828,14 +7878,16 @@ def read_text(path: str) -> str:
             return data.decode("utf-8")
         reason = "larger than 1 MiB"
     except FileNotFoundError:
-        reason, hint = "no such file", f"{PROG} -c {path} init"
+        reason = "no such file"
+        hint = f"{PROG} -c {shell_word(path)} init"
     except OSError as error:
         reason = error.strerror
     except UnicodeDecodeError as error:
         row = data.count(b"\n", 0, error.start) + 1
         column = error.start - data.rfind(b"\n", 0, error.start)
         place = f":{row}:{column}"
-        reason, hint = "not UTF-8", f"iconv -f latin1 -t utf-8 {path}"
+        reason = "not UTF-8"
+        hint = f"iconv -f latin1 -t utf-8 {shell_word(path)}"
     raise Error(f"{path}{place}: {reason}", hint, EXIT_CONFIG)
 
 
@@ -7852,7 +7904,8 @@ def answer_about(path: str, function, status: int = EXIT_PROBLEMS,
 
 class ConfigSource(FrozenRecord):
     """The text of a configuration file, and where it was found."""
-    path: str                   # absolute, as it was given
+    file: str                   # as it was given
+    path: str                   # absolute
     real_path: str              # without symbolic links
     text: str
 
@@ -7860,7 +7913,7 @@ class ConfigSource(FrozenRecord):
 def read_source(file: str) -> ConfigSource:
     """Read a configuration file. Raises Error."""
     path = os.path.abspath(file)
-    return ConfigSource(path, *answer_about(path, lambda _send: [
+    return ConfigSource(file, path, *answer_about(path, lambda _send: [
         os.path.realpath(path), read_text(path)], EXIT_CONFIG))
 
 
@@ -7890,8 +7943,9 @@ def validated(source: ConfigSource, with_facts: bool = True) -> LoadedConfig:
         host = HostInspector()
         config = resolved(config, host.home_of, diagnostics)
         ConfigValidator(config, host.facts(config), diagnostics).validate()
-    found = sorted(diagnostics.found, key=lambda each: (each.line,
-                                                        each.column))
+    found = sorted((each.replace(hint=with_config(each.hint, source.file))
+                    for each in diagnostics.found),
+                   key=lambda each: (each.line, each.column))
     return LoadedConfig(config, [each for each in found if each.fatal],
                         [each for each in found if not each.fatal])
 
@@ -7947,7 +8001,8 @@ def command_init(options) -> int:
     for name, given_to in (("tasks", None), ("logs", None), ("local", user)):
         make_directory(os.path.join(directory, name), given_to)
     print(paint(options, "32", f"Created {options.config}") + ", tasks, logs "
-          "and local; next: mission new etc")
+          "and local; next: " + with_config("mission new etc",
+                                            options.config))
     return EXIT_OK
 
 
@@ -8009,7 +8064,7 @@ def command_run(options) -> int:
     refuse_hopeless(source, options)
     if options.dry_run:
         return print_plan(validated(source), options)
-    refuse_run_of_root(source.real_path)
+    refuse_run_of_root(source.real_path, options.config)
     state = state_of(source.real_path, Clock())
     try:
         state.acquire(options.wait)
@@ -8143,15 +8198,16 @@ def perform(found: LoadedConfig, steps: list[Step], state: StateDirectory,
     return status
 
 
-def refuse_run_of_root(real_path: str) -> None:
-    """Raise Error if root runs this configuration: others cannot see root's
-    lock, so two runs could meet."""
+def refuse_run_of_root(real_path: str, config: str) -> None:
+    """Raise Error if root runs the configuration `config`: others cannot see
+    root's lock, so two runs could meet."""
     if os.geteuid() and os.path.isdir(os.path.join(
             "/var/lib/mission", state_name(real_path))) \
             and not os.environ.get("MISSION_STATE"):
         raise Error("permission denied: root runs this configuration, and "
                     "root's lock is not visible to other users",
-                    "sudo mission run", EXIT_BUSY)
+                    "sudo " + with_config("mission run", config),
+                    EXIT_BUSY)
 
 
 def recorded_runs(options) -> list[dict]:
@@ -8350,7 +8406,7 @@ def command_new(options, slug: str) -> int:
             os.close(made)
     except FileExistsError:
         raise Error(f"{os.path.dirname(path)} already exists",
-                    f"edit {path}") from None
+                    f"edit {shell_word(path)}") from None
     except OSError as error:
         raise Error(f"{path}: {error.strerror}") from None
     print(f"Created {path}")
@@ -8600,11 +8656,12 @@ def open_standard_streams() -> None:
                                     closefd=False))
 
 
-def report_error(error: Error) -> None:
-    """Print an error and its hint to stderr, if somebody still reads it."""
+def report_error(error: Error, config: str) -> None:
+    """Print an error and its hint to stderr, if somebody still reads it. The
+    command of the hint is for the configuration `config`."""
     lines = [f"{PROG}: error: {error.message}"]
     if error.hint:
-        lines.append(f"{PROG}: hint: {error.hint}")
+        lines.append(f"{PROG}: hint: {with_config(error.hint, config)}")
     try:
         sys.stdout.flush()
         sys.stderr.write("".join(escape_controls(line) + "\n"
@@ -8620,7 +8677,7 @@ def exit_status_of(error: Error, argv: list[str]) -> int:
     if command_word(argv) == "status":  # a plugin writes to stdout
         print(f"{HEALTH_WORDS[UNKNOWN]}: {escape_controls(error.message)}")
         return UNKNOWN
-    report_error(error)
+    report_error(error, named_config(argv))
     return error.status
 
 

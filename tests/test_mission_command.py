@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -438,6 +439,69 @@ def test_a_typical_mistake_has_a_message_that_names_the_fix(
     status, out, err = typed("check")
     assert (status, out) == (mission.EXIT_CONFIG, "")
     assert message in err
+
+
+@pytest.mark.parametrize("words, hint", [
+    (["run", "-t", "phots"], "mission -c 'my config.json' run -t photos"),
+    (["lst"], "mission -c 'my config.json' list"),
+    (["new"], "mission -c 'my config.json' new SLUG"),
+    (["log", "ff"], "mission -c 'my config.json' history"),
+    (["list", "--jsno"], "mission list --help"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def test_hint_keeps_the_configuration_of_option_c(words, hint, typed, past,
+                                                  scratch):
+    os.symlink(scratch.path, "my config.json")
+    for line in (["-c", "my config.json", *words],
+                 [*words, "--config=my config.json"],
+                 ["-cmy config.json", *words]):
+        assert typed(*line)[2].endswith(f"mission: hint: {hint}\n"), line
+
+
+def test_command_in_a_diagnostic_keeps_the_configuration(typed, scratch):
+    (scratch.tasks / "mail/run").unlink()
+    assert "(mission new mail)\n" in typed("check")[2]
+    os.rename(scratch.path, "my config.json")
+    assert "(mission -c 'my config.json' new mail)\n" in typed(
+        "-c", "my config.json", "check")[2]
+
+
+def test_next_command_of_init_keeps_the_configuration(typed):
+    assert typed("-c", "my config.json", "init")[1].endswith(
+        "next: mission -c 'my config.json' new etc\n")
+
+
+def test_words_of_a_hint_are_quoted_for_the_shell(monkeypatch, tmp_path):
+    """Pasted as it is shown, a hint runs nothing that a path contains."""
+    folder = tmp_path / "$(touch ran)"
+    scratch = support.Scratch(folder)
+    scratch.storage("sync", commit=True)
+    scratch.storage("gone").rmdir()
+    scratch.task("plain", "true").chmod(0o644)
+    scratch.task("windows", "#!/bin/sh\r\ntrue\n")
+    scratch.task("missing").unlink()
+    hints = re.findall(r"\(([^()]*\$\(touch ran\).*)\)$",
+                       scratch.mission("check").err, re.M)
+    for words in (["check", "x y"], ["-c", "no such.json", "check"]):
+        (scratch.folder / "x y").touch()
+        hints += scratch.mission(*words).err.splitlines()[-1:]
+    room = tmp_path / "room"
+    room.mkdir()
+    monkeypatch.chdir(room)
+    for hint in hints:
+        subprocess.run(["sh", "-c", hint.removeprefix("mission: hint: ")],
+                       stderr=subprocess.DEVNULL)
+        assert list(room.iterdir()) == [], hint
+    assert len(hints) == 7, hints
+
+
+@pytest.mark.parametrize("writer, command", [
+    ("is writable by everyone (mode 0777)", "chmod o-w"),
+    ("is writable by its group (mode 0775)", "chmod g-w"),
+    ("is writable by bob (access control list)", "setfacl -b")])
+def test_command_against_a_writer_names_the_whole_path(writer, command):
+    for path in ("/a/$(id) b", "/a is writable by everyone (mode 0777)/b"):
+        assert mission.protection(f"{path} {writer}") == \
+            f"{command} {shlex.quote(path)}"
 
 
 def test_truncated_file_is_reported_as_an_unexpected_end(typed, scratch):

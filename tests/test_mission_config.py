@@ -337,7 +337,8 @@ def test_each_error_is_reported_with_its_place_and_its_fix(
 
 HOST_MISTAKES = [     # what the host says, where, the message
     ({"mail": {"state": "does not exist"}}, '"mail"',
-     "tasks[0].slug: /b/tasks/mail/run does not exist (mission new mail)"),
+     "tasks[0].slug: /b/tasks/mail/run does not exist (mission -c m.json new "
+     "mail)"),
     ({"mail": {"state": "is not executable"}}, '"mail"',
      "is not executable (chmod +x /b/tasks/mail/run)"),
     ({"mail": {"state": "not a regular file"}}, '"mail"',
@@ -355,7 +356,8 @@ HOST_MISTAKES = [     # what the host says, where, the message
     ({"storage_errors": {"sync": "is not a directory"}}, '"/b/sync"',
      "/b/sync is not a dir"),
     ({"repositories": set()}, "true",
-     "storage.sync.commit: /b/sync is not a git repository (git init /b/sync"),
+     "storage.sync.commit: /b/sync is not a git repository (as its owner: git "
+     "init /b/sync"),
     ({"programs": {"sendmail": "x"}}, "true",
      "storage.sync.commit: git is not installed (install git)"),
     ({"usable": {"/usr/bin/pass": "is not executable"}}, '"/usr/bin/pass"',
@@ -406,8 +408,8 @@ def test_programs_of_disabled_features_may_be_missing(check):
 def test_writable_configuration_is_refused_with_trust_root(check):
     text = BASE.replace('"mail":', '"trust": "root", "mail":')
     assert check(text, writer="m.json belongs to anon") == [
-        "m.json:1:1: m.json belongs to anon (expected that only root and "
-        "nobody else can write the file and its directories)"]
+        "m.json:1:1: m.json belongs to anon (expected that only root can "
+        "write the file and its directories)"]
 
 
 def test_invalid_script_of_a_builtin_is_an_error(check):
@@ -454,6 +456,13 @@ def test_one_mistake_is_reported_once(check):
             ('"slug": "photos"', '"Slug": "photos"'),
             ('"user": {', '"User": {'), ('"storage": {', '"STORAGE": {')):
         assert len(check(BASE.replace(old, new))) == 1, (old, new)
+
+
+@pytest.mark.parametrize("key", ["ping", "notify", "metrics"])
+def test_url_in_the_place_of_an_object_is_named_without_its_path(key, check):
+    text = "\n".join(check(
+        f'{{"{key}": "https://hc.example/5f1c-secret?k=secret"}}'))
+    assert 'value "https://hc.example/"' in text and "secret" not in text
 
 
 @pytest.mark.parametrize("text", [
@@ -789,7 +798,7 @@ def test_check_notes_that_root_will_own_all_backups(
     assert mission.main(["-c", "m.json", "check"]) == mission.EXIT_OK
     printed = capsys.readouterr()
     assert printed.out == (
-        "m.json:6:22: warning: user.name: all backups will belong to root "
+        "m.json:6:22: warning: user.name: root will own all backups "
         "(expected an ordinary user, if there is one)\n")
     assert printed.err == ""
 

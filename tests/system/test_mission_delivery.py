@@ -1256,6 +1256,23 @@ def test_response_is_logged_as_one_escaped_line(scratch, body):
                      scratch.log()) is None
 
 
+@pytest.mark.parametrize("body, code", [
+    (b"OK", 0), (b"OK (not found)", 74)])
+def test_response_that_repeats_the_ping_url_is_logged_without_it(
+        scratch, body, code):
+    mails = scratch.keep_mail(start=False)
+    with servers.Web(body + b" /check/5f1c-abcd?key=t0ken-1 5f1c-abcd, "
+                     b"t0ken-1") as web:
+        pinging(scratch, web.url + "/5f1c-abcd?key=t0ken-1", start=True)
+        scratch.task("one", "true", ping=web.url + "/5f1c-abcd?key=t0ken-1")
+        result = scratch.headless()
+    assert result.code == code and "PingResponse 200 OK" in scratch.log()
+    (mail,) = mails.iterdir()
+    for text in (result.err, scratch.log(), mail.read_text(),
+                 str(scratch.history())):
+        assert "5f1c-abcd" not in text and "t0ken-1" not in text, text
+
+
 def redirected(scratch, *answers, certificate=None) -> tuple:
     with servers.Web(*answers, certificate=certificate) as web:
         options = {"caFile": certificate.cert} if certificate else {}

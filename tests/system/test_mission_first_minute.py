@@ -83,7 +83,7 @@ def test_first_minute_of_root_works_as_typed(host, tmp_path, empty, users,
         support.MALLORY: support.MALLORY_UID}[expected]
     noted = "because this host does not have exactly one" in result.out
     assert noted == (expected == "root")
-    assert ("all backups will belong to root" in result.out) == noted
+    assert ("root will own all backups" in result.out) == noted
     assert support.owner(empty / "backup/tasks/etc/run") == 0
 
 
@@ -137,7 +137,8 @@ def test_dry_run_marks_tasks_that_cannot_start(scratch):
     place = next(number for number, line in enumerate(lines)
                  if "run the task missing" in line)
     assert "missing cannot start: " in lines[place + 1]
-    assert "does not exist (mission new missing)" in lines[place + 1]
+    assert lines[place + 1].endswith(
+        f"does not exist (mission -c {scratch.path} new missing)")
     assert result.out.count("cannot start") == 1
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -944,15 +945,18 @@ def test_old_git_lock_is_removed_and_all_files_are_committed(
 
 
 @support.root_only
-def test_recent_git_lock_of_an_unknown_process_is_kept_and_named(alice, repo):
-    lock = repo / ".git" / "index.lock"
+@pytest.mark.parametrize("name", ["index.lock", "$(touch ran).lock"])
+def test_recent_git_lock_of_an_unknown_process_is_kept_and_named(
+        alice, repo, name):
+    lock = repo / ".git" / name
     lock.touch()
     os.chown(lock, ALICE, ALICE)
     minute_ago = time.time() - 60
     os.utime(lock, (minute_ago, minute_ago))
     result = alice.headless(timeout=120)
     assert result.code == 1 and lock.exists(), result
-    assert str(lock) in alice.log()
+    assert (f"(once no git is running there: rm {shlex.quote(str(lock))})"
+            in alice.log())
     assert count_commits(repo, uid=ALICE) == 1
 
 
