@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
+from types import SimpleNamespace
 
 import pytest
 
 import support
-from dashboard_rig import BACK_TO_SCHEMA_6, NOW, frames, piece, spec
+from dashboard_rig import (BACK_TO_SCHEMA_6, NOW, FakeClock, frames, piece,
+                           spec)
 
 koitab = support.load("koitab")
 OTHER = "d4" * 16
@@ -268,3 +271,66 @@ def test_search_goes_on_after_outputs_that_took_all_the_time(
         found = dashboard.ask(search.find, "needle", None, before)
         before, turns = found["before"], turns + 1
     assert found["matches"] and turns > 1
+
+
+# --- users of koid
+
+
+class ControlRig:
+    """koid's end of the control socket, for users of these uids. A request
+    {"took": SECONDS} takes koid as long."""
+
+    def __init__(self):
+        self.clock, self.poller = FakeClock(), koitab.Poller()
+        self.server = koitab.ControlServer(
+            SimpleNamespace(machine=SimpleNamespace(clock=self.clock),
+                            answer=self.answer),
+            SimpleNamespace(log=None), self.poller)
+        self.answered: list[int] = []
+
+    def answer(self, caller, request: dict) -> tuple[dict, bytes]:
+        self.answered.append(caller.uid)
+        self.clock.time += request["took"]
+        return {}, b""
+
+    def ask(self, uid: int, took: float):
+        """Send a request as a user; return the client's end."""
+        ours, theirs = socket.socketpair()
+        self.server.add_connection(theirs, koitab.Caller(uid, f"u{uid}"))
+        ours.sendall(koitab.format_line({"op": "list", "took": took}))
+        return ours
+
+    def turn(self) -> list[int]:
+        """Let koid's loop turn once; return who was answered."""
+        before = len(self.answered)
+        self.server.check(self.clock.time)
+        self.poller.dispatch(self.poller.wait(0))
+        return self.answered[before:]
+
+
+def test_user_whose_requests_take_koid_long_rests_in_between():
+    rig = ControlRig()
+    alice, bob = 61_001, 61_002
+    held = [rig.ask(alice, 2.0) for _ in range(3)]
+    assert rig.turn() == [alice]
+    assert rig.turn() == rig.turn() == []
+    assert rig.poller.wait(0) == []         # koid sleeps meanwhile
+    held.append(rig.ask(bob, 0.0))
+    assert rig.turn() == [bob]
+    rig.clock.time += 8
+    assert rig.turn() == [alice]
+    gone = rig.ask(alice, 2.0)
+    gone.close()
+    assert rig.turn() == [] and len(rig.server.connections) == 1
+    rig.clock.time = rig.server.wake_at()
+    assert rig.turn() == [alice]
+    for client in held:
+        client.close()
+
+
+def test_ranges_of_a_field_are_the_same_as_one_by_one():
+    field = koitab.SCHEDULE_FIELDS[0]
+    for low, high in ((0, 59), (7, 7), (5, 58), (58, 5)):
+        for step in (*range(1, 66), 10**9):
+            assert field.parse(f"{low}-{high}/{step}") == sum(
+                1 << value for value in range(low, high + 1, step))

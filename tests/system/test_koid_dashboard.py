@@ -398,7 +398,7 @@ def test_number_of_mails_of_a_dashboard_is_limited(taken_over):
     for _ in range(koitab.MOST_ALERT_MAILS):
         assert taken_over.take({"op": "mail", "mail": MAIL}) is None
         taken_over.mailers.clear()
-    assert "at most 100 mails" in taken_over.take(
+    assert "at most 500 mails" in taken_over.take(
         {"op": "mail", "mail": MAIL})["error"]
 
 
