@@ -773,12 +773,13 @@ class Ping(ConfigObject):
         "start": (FLAG, False, "also ping endpoint/start when a run starts"),
         "fail": (FLAG, False, "also ping endpoint/fail when a run failed"),
         "startEndpoint": (TEXT, "", "the URL to ping when a run starts, used "
-                          "as written"),
+                          "as written; it turns that ping on"),
         "failEndpoint": (TEXT, "", "the URL to ping when a run failed, used "
-                         "as written"),
+                         "as written; it turns that ping on"),
         "log": (FLAG, False, "send the end of the filtered log with the "
                 "ping, as the body of a POST"),
-        "timeout": (DURATION, 10.0, "the time limit of one request"),
+        "timeout": (DURATION, 10.0, "the time limit of one request, with "
+                    "the look-up of the name"),
         "retries": (number(1, 20), 3, "the most requests for one ping. A "
                     "status 4xx except 408 and 429 is not repeated"),
         "proxy": (TEXT, "", "an HTTP proxy, http://USER:PASSWORD@HOST:PORT"),
@@ -7317,8 +7318,8 @@ CONFIG_TOPIC = """\
 FORMAT
 
 The configuration is JSON (RFC 8259) with // and /* */ comments and trailing
-commas. `mission -c FILE` names the file; the default is mission.config.json
-in the working directory. `mission check` reports every error in one pass, with
+commas. `mission -c FILE` names the file; the default is mission.config.json in
+the working directory. `mission check` reports every error in one pass, with
 its line and column. `mission dump` prints all keys, with paths resolved and
 defaults filled in.
 
@@ -7332,7 +7333,26 @@ KEYS
 
 {KEYS}
 
-EXAMPLE
+PATTERNS
+
+The patterns of filters and redact are regular expressions of Go, as in
+the original program, or of Python. Three things of Go cannot be used:
+scripts (such as \\p{Greek}), (?U) and \\C. `mission check` names the
+pattern. \\w, \\d and \\s match letters, digits and spaces of all scripts.
+
+EXAMPLES
+
+A few lines for frequent cases:
+
+    "timeout": "2h", "retries": 2, "retryDelay": "1m"     a slow cloud
+    "needs": ["mount"]                     only if that task succeeded
+    "parallel": "clouds"                   on tasks that follow each other
+    "minFree": {"local": "20G"}            before a large dump
+    "ping": "https://hc-ping.com/UUID"     in a task: for it alone
+    "filters": ["^sending incremental file list$"]        a shorter mail
+    "logs": {"keep": 90}                   three months
+
+A whole configuration:
 
     {
         "tasks": [
@@ -7420,6 +7440,23 @@ A copy with rsync, whose status 24 (files vanished) is a success:
     {"slug": "home", "type": "exec", "okStatuses": [24]}
 """
 BEHAVIOUR_TOPIC = """\
+SCHEDULING
+
+In root's crontab:
+
+    30 2 * * * /usr/local/bin/mission -c /srv/b/mission.json run --headless
+
+Or with systemd, which also makes up for a run that was missed while the host
+was off:
+
+    mission -c FILE unit service > /etc/systemd/system/mission.service
+    mission -c FILE unit timer > /etc/systemd/system/mission.timer
+    systemctl daemon-reload && systemctl enable --now mission.timer
+
+For an ordinary user the units are those of `systemctl --user`; `loginctl
+enable-linger` lets them run while the user is not logged in. Two runs never
+overlap: a second one ends with status 75, or waits with `--wait 30m`.
+
 ORDER
 
 A run takes the lock, mails and pings the start, and runs the tasks in order.
@@ -7446,10 +7483,10 @@ chown and commit. A mail, ping, passBin, CA file or filter that cannot work is
 status 74; with an invalid filter the mail is sent without the log.
 
 Any other error prevents the run (78). With --headless the fail ping and the
-mail are sent if their own sections are valid and need no password; while
-another run holds the lock (75), once for each holder. A configuration that
-other users can write is used for nothing: mission writes one line to stderr
-and one to syslog.
+mail are sent if their own sections are valid and need no password from
+passBin; while another run holds the lock (75), once for each holder. A
+configuration that other users can write is used for nothing: mission writes
+one line to stderr and one to syslog.
 
 INTERRUPTED RUNS
 
@@ -7468,14 +7505,14 @@ warning. It names a process that made its own session and does not stop it.
 THE LOG
 
 Control characters and characters that reorder text are written as \\x1b or
-\\u202e, invalid UTF-8 as \\xff, so the log is safe for a terminal. A carriage
-return ends a line, so each state of a progress bar is a line.
+\\u202e, invalid UTF-8 as \\xff, so the log is safe for a terminal. A
+carriage return ends a line, so each state of a progress bar is a line.
 
 Patterns of filters and redact are applied to a line without the elapsed time.
 A filter that begins with a space also matches the beginning of a line.
-Filtered lines are counted in the mail. A line that takes longer than a second
-to match, or is longer than 256 KiB, is withheld from the mail; with redact
-from the log as well.
+Filtered lines are counted where they were. A line that takes longer than a
+second to match, or is longer than 256 KiB, is withheld from the mail; with
+redact from the log as well.
 
 If the disk is full, the lines of the log go to stderr.
 
@@ -7483,28 +7520,36 @@ MAIL
 
 A mail contains at most 200,000 characters of the log: its head and its tail.
 If the mail server refuses a mail for now (4xx) or does not answer, mission
-tries again after 30 and after 90 seconds. A mail that no server accepted is
-queued (50 at most), and the next run sends it again. If one of several
-recipients is refused for good (5xx), the others get the mail.
+tries again after 30 and after 90 seconds; after a 5xx it does not, and the
+mail of the start is tried once, because the tasks wait for it. A mail that no
+server accepted is queued (50 at most), and the next run sends it again, also
+after a 5xx. If some of several recipients are refused, the others get the
+mail; it is sent again to those that were refused for now, and the others are
+reported.
 
 COMMITS
 
 git adds and commits everything as the owner of the directory, without hooks,
 prompts, pager or signature, and at most 10 minutes a command. Then the file
 systems of the repository are synced. The log names up to 1,000 changed files.
-Locks of git are removed if they are older than 15 minutes or the last boot, or
-if mission's own git left them, and no git is running there.
+A file or directory that the owner cannot read is an error or a warning that
+names it. Locks of git are removed if they are older than 15 minutes or the
+last boot, or if a git that mission killed left them, and no process has the
+repository open.
 
 After mail and ping, `git gc --auto` packs repositories that have grown, for at
-most an hour. A failure is a line PackFailure in the log.
+most an hour, as their owner. gc.auto of the repository decides when; 0 means
+never. A failure is a line PackFailure in the log, and a signal ends the
+packing.
 
 FILES
 
   /var/lib/mission, ~/.local/state/mission
       History, queued mails and the run in progress, of root and of others.
-      XDG_STATE_HOME and MISSION_STATE move them.
+      XDG_STATE_HOME and MISSION_STATE move them. `make uninstall` leaves them.
   /run/mission, ~/.local/state/mission
-      The lock. No variable moves it.
+      The lock. No variable moves it. The lock of an account without a home
+      directory is with its state.
 """
 SECURITY_TOPIC = """\
 TRUST
@@ -7521,19 +7566,27 @@ STORAGES
 
 In a directory that a user can write, root follows no symbolic link, enters no
 other file system, and changes no device and no file that has a hard link
-elsewhere. setuid and setgid bits are dropped. Files of a task's user stay
-theirs, and the log counts them.
+elsewhere. setuid and setgid bits are dropped. Files of a task's user
+(tasks[].user) stay theirs, and the log counts them; `mission check` warns if
+that storage has commit, because git reads the files as the owner of the
+repository. Without O_PATH, as on macOS, a file with several links is not
+changed.
 
 In the repository of another user root opens no file and runs nothing: git runs
-as the owner. Root's own repository is committed only if nobody else can write
-anything that git reads. Error messages quote no file of a repository.
+as the owner. That includes what mission looks up there, wherever .git,
+commondir, refs, alternates or the configuration lead. Root's own repository is
+committed only if root alone can write all that git reads: the repository and
+the directories above it, its configuration and root's, the files that these
+include, lists of attributes, and borrowed objects. Error messages quote no
+file of a repository.
 
 SECRETS
 
 passBin runs as user.name. A password is never an argument, and never in a log,
-a mail or a commit. What matches a pattern of redact becomes *** in the log and
-everything made from it. `mission dump` prints the configuration with all its
-URLs.
+a mail or a commit. A password that a built-in task has fetched is replaced by
+*** wherever it occurs. What matches a pattern of redact becomes *** in the log
+and everything made from it. `mission dump` prints the configuration with all
+its URLs.
 
 Mail and ping verify certificates. No proxy of the environment is used, and no
 redirect leads from https to http. Messages name only scheme, host and port of
@@ -7543,7 +7596,8 @@ LIMITS
 
 Root can do anything, and so can a task that root runs. Patterns match lines: a
 secret that a program splits over two lines is not found. A task that makes its
-own session outlives its timeout.
+own session outlives its timeout. A hard link that is made and removed within
+one tick of the file system's clock cannot be seen.
 """
 STATUS_TOPIC = """\
 EXIT STATUS
