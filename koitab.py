@@ -9490,22 +9490,23 @@ class ClaimBroker:
         start is put into etcd, because a later one would exclude it."""
         import json
         found, keys = [], set()
-        for claim in sorted(self.claims.values(),
-                            key=lambda claim: claim.start):
+        # What is to be made comes before what was missed.
+        for claim in sorted(self.claims.values(), key=lambda claim: (
+                not claim.queued, claim.start)):
             order = {"run": claim.run, "key": claim.key}
             if claim.queued and self.time_left(claim.queued) > 0:
-                order["value"] = json.dumps({
+                if claim.key in keys:
+                    continue
+                keys.add(claim.key)
+                order["start"], order["value"] = claim.start, json.dumps({
                     "start": claim.start, "word": claim.word,
                     "instance": self.instance, "command": claim.command,
                     "host": self.scheduler.machine.host()})
-                order["start"] = claim.start
-            if now >= claim.look_at and not (
-                    "value" in order and claim.key in keys):
-                keys.add(claim.key)
+            if now >= claim.look_at:
                 found.append(order)
-        # What is to be made comes before what was missed.
-        return sorted(found, key=lambda order: "value" not in order)[
-            :STARTS_AT_ONCE]
+            if len(found) == STARTS_AT_ONCE:
+                break
+        return found
 
     def take(self, claim: Claim, last: dict) -> list[tuple]:
         """Take what etcd has as the last start of a job. Return statements."""
@@ -9516,7 +9517,8 @@ class ClaimBroker:
             return self.end(claim, "", "") if is_over and not queued else []
         host = escape_controls(str(last["host"])[:LONGEST_NAME])
         if start > claim.start:
-            return self.end(claim, "missed", f"{host} has made a later start")
+            return self.end(claim, "missed", f"{host} has made a later start: "
+                            + escape_controls(start))
         if last["word"] != claim.word:
             return self.end(claim, "elsewhere", host + (
                 ", which has another command"
@@ -22236,7 +22238,8 @@ function sentence(run) {
 
 const RUN_TITLES = { queued: "is queued", running: "is running",
   missed: "did not start", skipped: "was skipped",
-  interrupted: "was interrupted", unstartable: "failed to start" };
+  elsewhere: "ran on another host", interrupted: "was interrupted",
+  unstartable: "failed to start" };
 
 // Returns in words after the name of a job how a run of it went.
 function runTitle(run) {
@@ -22247,6 +22250,7 @@ function runTitle(run) {
 
 // Returns why a run has no output.
 function nothingWords(run) {
+  if (run.state === "elsewhere") return "Its output is on that host.";
   if (!run.started) return "It did not start, so there is no output.";
   if (run.have < run.size) return "The output has not arrived yet.";
   return run.state === "done" && run.exit === 0
@@ -23270,6 +23274,7 @@ const DAY_FILTERS = [   // its name, its words, how much of it a row has
   ["failed", "failed", ({ starts }) => countOf(starts, "fkiu")],
   ["missed", "missed", ({ starts }) => countOf(starts, "m")],
   ["skipped", "skipped", ({ starts }) => countOf(starts, "s")],
+  ["elsewhere", "on another host", ({ starts }) => countOf(starts, "e")],
   ["late", "late", ({ job, isNow }) => +(isNow && job.state === "late")],
   ["unknown", "unknown", ({ job, isNow }) => +(isNow
     && job.state === "unknown")],
@@ -23454,8 +23459,9 @@ class Day {
   lane(job, starts, width) {
     const host = hostOf(job), items = starts.map((start) => {
       const x = this.x(start.at, width);
-      return start.outcome === "m" ? { ...start, x: x - 3, w: 7 } : { ...start,
-        x, w: Math.max(3, this.x(start.end ?? now(), width) - x) };
+      const end = start.end ?? (start.outcome === "r" ? now() : start.at);
+      return start.outcome === "m" ? { ...start, x: x - 3, w: 7 }
+        : { ...start, x, w: Math.max(3, this.x(end, width) - x) };
     }).sort((a, b) => a.x - b.x);
     const node = bars(items, 16, { width, height: 26, tabindex: 0,
       viewBox: `0 -5 ${width} 26`, "aria-label": `${job.label}: ${
@@ -25542,9 +25548,10 @@ def group_lines(jobs: list[dict], owner: str) -> list[str]:
     found = []
     for job in jobs:
         last = job.get("group") and job["last"]
-        where = "never ran" if not last else "last on " + (
-            last["reason"] if last["state"] == "elsewhere" else
-            f"this host ({result_words(last)})") + f" at {start_words(last)}"
+        where = "never ran" if not last else "last " + (
+            f"on {last['reason']}" if last["state"] == "elsewhere" else
+            "on this host " * bool(last["started"])
+            + f"({result_words(last)})") + f" at {start_words(last)}"
         if job.get("group"):
             found.append(escape_controls(
                 f"{job['group']}: {label_for(job, owner)}, {where}"))

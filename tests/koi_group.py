@@ -232,9 +232,9 @@ class Group:
         """The time that a koid without skew has."""
         return self.base + (time.monotonic() - self.zero) * SPEED
 
-    def begin_again(self) -> None:
-        """Let it be `base` now, before a koid has started."""
-        self.zero = time.monotonic()
+    def move_to(self, now: float) -> None:
+        """Let it be `now` for the koids that start from here on."""
+        self.base, self.zero = now, time.monotonic()
 
     def single(self, hosts: int) -> "Group":
         """One member and some hosts, in this namespace."""
@@ -267,7 +267,7 @@ class Group:
         support.wait_until(lambda: all(
             member.answers() for member in self.members), 60, "etcd")
 
-    def tab(self, entries: list[str], settings: str = "") -> None:
+    def with_tab(self, entries: list[str], settings: str = "") -> "Group":
         """Give each host the same jobs; their log says where they ran."""
         for host in self.hosts:
             lines = ["MAILTO=\"\"", "KOI_ONE_OF=web", "KOI_KEEP=2000",
@@ -278,6 +278,7 @@ class Group:
                     f'"job{number}" {schedule} read up rest < /proc/uptime; '
                     f'echo "$WHERE $KOI_RUN $up" >> {self.log}')
             host.koi.tab("\n".join(lines) + "\n")
+        return self
 
     def executed(self) -> list[tuple]:
         """(host, run, time) of each job that was run."""

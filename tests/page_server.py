@@ -210,7 +210,7 @@ class World:
                    else "done."), **more}
         self.runs[number] = run
         outcome = {"done": "f" if exit_status else "o", "missed": "m",
-                  "running": "r"}.get(state, "i")
+                  "running": "r", "elsewhere": "e"}.get(state, "i")
         job["recent_runs"] = [*job["recent_runs"], [
             number, at, took if state == "done" else None, outcome]][-90:]
         job["last"] = run
@@ -463,9 +463,10 @@ class World:
                 if run["state"] == "missed":
                     row["missing"].append([at, run["id"]])
                 else:
-                    row["bars"].append([at, run["ended"], "f" if run["exit"]
-                                        else "r" if not run["ended"] else
-                                        "o", run["id"]])
+                    row["bars"].append([
+                        at, run["ended"], "f" if run["exit"] else
+                        "e" if run["state"] == "elsewhere" else
+                        "r" if not run["ended"] else "o", run["id"]])
         return {"rows": list(rows.values()), "from": start, "to": end}
 
 

@@ -800,6 +800,7 @@ def test_live_output_is_dropped_once_the_whole_output_is_stored(
     ({"exit": None}, "f", "failed"),
     ({"state": "missed"}, "m", "missed"),
     ({"state": "skipped"}, "s", "skipped"),
+    ({"state": "elsewhere", "started": None}, "e", "ok"),
     ({"state": "interrupted"}, "i", "failed"),
     ({"state": "unstartable"}, "u", "failed"),
     ({"state": "running", "ended": None, "exit": None}, "r", "running"),
@@ -968,6 +969,21 @@ def samples(dashboard, name: str) -> list[str]:
                          {})
     return [line[len(name):] for line in text.splitlines()
             if re.match(rf"{name}\b", line)]
+
+
+def test_start_on_another_host_is_good_in_metrics_and_no_success_here(
+        dashboard, web1):
+    dashboard.runs(web1, dashboard.record(), list=dashboard.list_of(
+        web1, spec()))
+    name = "koi_job_last_success_timestamp_seconds"
+    success = samples(dashboard, name)
+    dashboard.runs(web1, dashboard.record(exit=1))
+    assert samples(dashboard, "koi_job_ok")[0].endswith(" 0")
+    dashboard.clock.time += 60
+    dashboard.runs(web1, dashboard.record("elsewhere", reason="web2",
+                                          started=None))
+    assert samples(dashboard, "koi_job_ok")[0].endswith(" 1")
+    assert samples(dashboard, name) == success
 
 
 def test_a_removed_job_has_no_samples(dashboard, web1):

@@ -573,6 +573,33 @@ def test_day_begins_with_counts_that_filter_and_shows_problems_first(
     job.update(recent_runs=recent, last=last)
 
 
+def test_start_that_ran_on_another_host_is_shown_with_its_name(
+        page, stand_in):
+    world = stand_in.world
+    job = next(job for job in world.jobs.values()
+               if job["label"] == "Security updates" and job["state"] == "ok")
+    recent, last = job["recent_runs"], job["last"]
+    midnight = time.mktime((*time.localtime()[:3], 0, 0, 0, 0, 0, -1))
+    run = world.add_run(job, max(midnight, time.time() - 3000), 1,
+                        "elsewhere", reason="web2", have=0, size=0)
+    page.visit(f"run/{run['id']}", ".runhead .lead")
+    assert page.text("h1") == "Security updates ran on another host"
+    assert page.text(".lead").startswith(
+        "Ran on another host of its group: web2")
+    assert "Its output is on that host." in page.text("#main")
+    page.visit("day", "[data-state=elsewhere]")
+    page.wait("document.querySelector('[data-state=elsewhere] b')"
+              ".textContent === '1'")
+    page.click("[data-state=elsewhere]")
+    widths = page.js("return [...document.querySelectorAll('.lane path, "
+                     ".dayrow svg .b-ok')].map((path) => path.getAttribute('d'"
+                     ")).join('').match(/h[0-9.]+/g).map((h) => +h.slice(1))")
+    assert max(widths) <= 3     # it took no time here
+    page.js("dayFilter.state = ''")
+    del world.runs[run["id"]]
+    job.update(recent_runs=recent, last=last)
+
+
 # --- keyboard
 
 

@@ -24,9 +24,9 @@ def one_group(folder, base: float, minutes: int, jobs: list, seed: int):
     print(f"seed {seed}")
     try:
         group.cluster().wait_for_members()
-        group.begin_again()
+        group.move_to(base)
         chance = random.Random(seed)
-        group.tab([*jobs, "30 2 * * *", "*/5 2 * * *", "0~4,5~9 * * * *",
+        group.with_tab([*jobs, "30 2 * * *", "*/5 2 * * *", "0~4,5~9 * * * *",
                    "0~4,5~9 0,1,3 * * *"])
         for host in group.hosts:
             host.rate = 0.01 if support.FULL else 0.025

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
@@ -53,7 +54,7 @@ def start(group: Group) -> None:
 
 
 def test_each_start_runs_on_one_host_and_the_other_names_it(group):
-    group.single(2).tab(["* * * * *", EACH_MINUTE])
+    group.single(2).with_tab(["* * * * *", EACH_MINUTE])
     start(group)
     support.wait_until(lambda: len(group.executed()) >= 4, 60, "two minutes")
     settled(*group.hosts)
@@ -67,10 +68,63 @@ def test_each_start_runs_on_one_host_and_the_other_names_it(group):
     assert wrong_of(group, due) == []
 
 
+def koitab_says(host, *words: str) -> str:
+    done = subprocess.run(host.koi.command(*words), env=host.koi.env,
+                          capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+def test_commands_show_the_group_and_the_host_that_ran_last(group):
+    frozen_during_a_start(group.single(2).with_tab([EACH_MINUTE]))
+    maker, other = group.hosts
+    other.signal(18)
+    support.wait_until(lambda: "elsewhere" in [
+        row["state"] for row in other.rows()[-1:]], 60,
+                       "a start of the first host")
+    maker.koi.stop()
+    assert re.search(r"elsewhere: a\n", koitab_says(other, "history"))
+    assert re.search(r"web: job0, last on a at \d", koitab_says(
+        other, "status"))
+    shown = koitab_says(other, "next", "job0")
+    assert "on one host of web" in shown and ": elsewhere: a\n" in shown
+    other.koi.stop()
+    maker.start()
+    support.wait_until(maker.koi.answers)
+    assert re.search(r"web: job0, last on this host \(ok\) at \d",
+                     koitab_says(maker, "status"))
+
+
+def test_host_that_was_down_catches_up_only_what_no_host_made(group):
+    """The first host makes up for a start that nobody made; the second one
+    finds that out, whether it was to make up for it or not."""
+    first, second = group.single(2).hosts
+    group.with_tab(["1 13 * * *", "5 13 * * *"], "KOI_CATCHUP=yes")
+    group.move_to(NOON - 600)
+    start(group)
+    for host in group.hosts:
+        host.koi.stop()
+    group.move_to(NOON + 150)       # between the two starts
+    first.start()
+    support.wait_until(lambda: len(group.executed()) == 2, 60, "both starts")
+    settled(first)
+    first.koi.stop()
+    second.start()
+    support.wait_until(second.rows, 30, "the second host")
+    settled(second)
+    assert [(row["job"], row["trigger"], row["state"])
+            for row in first.rows()] == [
+        ("job0", "schedule", "missed"), ("job0", "catch-up", "done"),
+        ("job1", "schedule", "done")]
+    assert {(row["job"], row["state"], row["reason"])
+            for row in second.rows()} == {
+        ("job0", "elsewhere", "a"), ("job1", "elsewhere", "a")}
+    assert len(group.executed()) == 2
+
+
 def fail_at(group: Group, point: str, number: int) -> tuple:
     """Let the first host fail that comes to a point, and kill the other one,
     which else would fail there, too. Return both, and the start."""
-    group.single(2).tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
+    group.single(2).with_tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
     for host in group.hosts:
         host.rate, host.points, host.chosen = 1.0, (point,), (number,)
         host.start()
@@ -119,7 +173,7 @@ def test_koid_recognizes_a_record_made_by_an_earlier_koid(group):
     """The second koid takes over the start of the first, records it, and
     dies; the third one must not take the record for another host's."""
     host, = group.single(1).hosts
-    group.tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
+    group.with_tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
     host.rate, host.chosen = 1.0, (9,)
     for host.points in (("ordered",), ("won",)):
         host.start().koi.daemon.wait(60)
@@ -147,7 +201,7 @@ def frozen_during_a_start(group: Group) -> float:
 def late_host(group: Group, patch: str = "") -> list[str]:
     """One host is frozen while another makes a start, dies, and loses its
     lease. Return what the checker says when the first has looked."""
-    group.single(2).tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
+    group.single(2).with_tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
     for host in group.hosts:
         host.patch = patch
     due = frozen_during_a_start(group)
@@ -180,7 +234,7 @@ def test_checker_finds_the_start_made_twice_with_a_lease_on_last(group):
 
 def test_start_without_etcd_is_missed_until_etcd_names_the_host_that_ran_it(
         group):
-    group.single(2).tab([EACH_MINUTE], "KOI_START_WITHIN=20s")
+    group.single(2).with_tab([EACH_MINUTE], "KOI_START_WITHIN=20s")
     due = frozen_during_a_start(group)
     maker, late = group.hosts
     group.members[0].kill()
