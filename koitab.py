@@ -27365,7 +27365,8 @@ A tab is a crontab in koi's format: all of crontab(5), with cronie's extras,
 and names, sections, settings and arguments. `koitab -e` edits yours, `koitab
 FILE` installs one, `koitab -T FILE` tests one, and `koitab next` prints when
 its jobs start. An error is reported with line and column; then nothing is
-installed. What is valid but suspicious gets a warning.
+installed. What is valid but suspicious gets a warning, such as a setting that
+no job follows.
 
     [Backups]
     # Copies /home to the NAS.
@@ -27439,9 +27440,9 @@ The last day of a month and the second Friday have no form of their own:
 
 COMMANDS
 
-The shell (SHELL) gets the rest of the line. The first % ends the command: what
-follows is the job's standard input, in which each further % is a line break.
-Write \\% where the command needs a %, as in date +\\%F.
+The shell (SHELL) gets the rest of the line. The first % ends the command:
+what follows is the job's standard input, in which each further % is a
+line break. Write \\% where the command needs a %, as in date +\\%F.
 
 `-n ` before the command sends mail only if the job fails. `-` at the beginning
 of a line in root's tabs keeps the start out of the system log.
@@ -27858,9 +27859,13 @@ Run by hand lists the @manual jobs for people who do not use a shell: each with
 its description, a form and a button. A run for a host that is down waits for 5
 minutes. It can be withdrawn until the host has fetched it.
 
-The output of a run that someone looks at is shown within a second. The page
-keeps its keys in the memory of the tab, and forgets them after 15 minutes of
-inactivity.
+The output of a run that someone looks at is shown within a second. Until the
+run has ended it is in memory only. The page keeps its keys in the memory of
+the tab, and forgets them after 15 minutes of inactivity.
+
+Keys: o opens the last output of a job, d the difference from the last good run
+(on a run's page, n goes to the next difference), s the snooze menu. The arrow
+keys reach the run history bar. ? lists all keys.
 
 `koitab page URL > koi.html` writes the page to a file. A page opened from disk
 runs no code of the server. A warning says who could take the keys that it
@@ -27917,17 +27922,20 @@ WHAT IS KEPT
 Runs: 10,000 of a job, or 400 days. Output: 90 days, that of failed runs 180
 days. The audit log: 400 days. Pings: the last 100 of a check.
 
-A host has 1 GiB for output and arguments. Beyond that its oldest output is
-removed first, then its oldest runs. A check has 256 KiB for the bodies of its
-pings. No host and no check takes the space of another one.
+A host has 1 GiB for output, arguments and reasons, and 1,000,000 runs. Beyond
+that its oldest output is removed first, then its oldest runs. A check has 256
+KiB for the bodies of its pings. No host and no check takes the space of
+another one.
 
 LIMITS
 
-Connections: 4,096; 512 of one address, of which 64 may be without a valid key.
-A head must arrive in 10 seconds, a body in 30. A head has at most 16 KiB, a
-ping 1 MiB, a sync 8 MiB. 1 KiB of a label and of a command is shown. After ten
-wrong keys in a minute from one network, the answers to more wrong keys come a
-second later (429). Right keys are never delayed.
+Connections: 4,096; 512 of one address, of which 64 may be without a valid key;
+64 without a valid key of one local user at the Unix socket. A host may have 4
+requests at once, an access token 128; beyond that the answer is 503 with
+Retry-After. A head must arrive in 10 seconds, a body in 30. A head has at most
+16 KiB, a ping 1 MiB, a sync 8 MiB. 1 KiB of a label and of a command is shown.
+After ten wrong keys in a minute from one network, the answers to more wrong
+keys come a second later (429). Right keys are never delayed.
 
 If the disk is full, hosts get 507 and keep what they have, pings get 503 with
 Retry-After, and pages still work. A reserve lets the dashboard delete old
@@ -27958,7 +27966,7 @@ ran as root before has its database in /var/lib/koi: -u root runs it as before.
 koid sends the mails of the dashboard that it runs, so the sendmail of postfix
 and exim works. An attacker who took that dashboard over could make koid send
 mails: to one address each, from any address, with a subject that begins with
-koi:, at most 100 in an hour, two at a time, 256 KiB each. koid writes the
+koi:, at most 500 in an hour, two at a time, 256 KiB each. koid writes the
 headers. The attacker could also write 20 lines in ten seconds to koid's log,
 each marked dashboard:. Nothing else in koid is open to the dashboard.
 
@@ -28332,8 +28340,9 @@ fields error and hint, and a status of 400 or more.
       header X-Koi-Size has the number of bytes that are there, X-Koi-Live is 1
       while more may come, X-Koi-From is where the answer begins.
   search?q=TEXT
-      matches, more. Runs whose output contains the text, the newest 20, each
-      as run with its line; ?job=JOB, ?before=RUN.
+      matches, more, before. Runs whose output contains the text, the newest
+      20, each as run with its line; ?job=JOB, ?before=RUN. before is the run
+      before which the search continues; more may be true without matches.
   day?from=TIME&to=TIME
       rows, from, to. For each job: bars (start, end, outcome, run) and missing
       (due, run).
@@ -28655,8 +28664,9 @@ Each user except the one that runs koid has a share: 256 MiB of history (or a
 twentieth of the file system if that is less; beyond it the user's oldest runs
 are removed), 500 runs that are active or wait (the next one is skipped), and
 64 connections, of whose requests koid carries out one in each turn of its
-loop. In one minute, a user who starts few runs starts before a user who starts
-many. Of one job, 100 runs may wait.
+loop. After a request that took koid more than 0.2 seconds, further requests of
+the same user wait for four times as long. In one minute, a user who starts few
+runs starts before a user who starts many. Of one job, 100 runs may wait.
 
 `koitab run NAME` means a job of the caller, even for root; -u USER means that
 of another user. A number is not a name: it starts nothing, and the error says
@@ -28742,7 +28752,7 @@ has recorded which host makes the start.
 
 If etcd has a quorum and a host of the group is up, one host executes the start
 within 60 seconds of the due time, or within KOI_START_WITHIN. A host that dies
-frees its claim after 20 seconds.
+before etcd has recorded its start leaves the start to the others.
 
 Without a quorum nothing starts. The start is missed, with its reason. When
 etcd answers again, the record becomes elsewhere if another host ran it.
