@@ -46,6 +46,7 @@ bench: ## measure, side by side with a baseline or a peer
 	$(PYTHON) tests/bench/mission.py
 	$(PYTHON) tests/bench/koi.py --quick
 	$(PYTHON) tests/bench/dashboard.py --quick
+	$(PYTHON) tests/bench/page.py --quick
 
 pictures: ## take the README's pictures of the dashboard (needs chromium)
 	@$(PYTHON) -B tests/pictures.py

@@ -13,6 +13,8 @@ the machine do not lengthen it.
               the processor: from Enter in the login to the rows
     push      300 and 3,000 jobs: first rows, nodes, memory, what each run
               that ends costs, the day, the way back and the filter
+    tasks     what people do with the page: clicks, and seconds until the
+              answer is to be seen, now and before (page_tasks.py)
 """
 
 from __future__ import annotations
@@ -278,9 +280,27 @@ def pushed(browser, served, name: str, wanted: str, many: int) -> None:
     row(name + "a push", wanted, f"{len(longest)} of {many} long", note)
 
 
+# --- tasks ----------------------------------------------------------------
+
+
+def tasks(_args, folder: Path) -> None:
+    import page_tasks
+    place = Path(tempfile.mkdtemp(dir=folder))
+    with PageDriver() as browser, page_tasks.Scene(place, browser, ""
+                                                   ) as scene:
+        for task, clicks, seconds, _ in page_tasks.TASKS:
+            scene.begin()
+            task(scene)
+            before = f"{clicks} clicks, {seconds} s" if seconds else \
+                "not possible"
+            row(f"tasks: {task.__name__.replace('_', ' ')}", before,
+                f"{scene.clicks} clicks, " + " ".join(
+                    f"{lap:.2f}" for lap in scene.laps) + " s")
+
+
 # --- what was typed -------------------------------------------------------
 
-FIGURES = {figure.__name__: figure for figure in (wire, slow, push)}
+FIGURES = {figure.__name__: figure for figure in (wire, slow, push, tasks)}
 PageDriver = None
 
 
