@@ -18738,7 +18738,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .heads { padding: 5px 12px; border: 1px solid transparent;
   color: var(--soft); font-size: 12px; }
 .heads > div { font-size: 12px; line-height: 1.45; color: var(--soft); }
-.stale .row, .stale .headline { filter: grayscale(1); }
+.stale #main { filter: grayscale(1); }
 .group { content-visibility: auto; contain-intrinsic-size: auto 300px; }
 .closed { contain-intrinsic-size: auto 34px; }
 .closed + .closed { margin-top: 4px; }
@@ -18786,7 +18786,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
   white-space: nowrap; font-size: 13px; }
 .c-last a { color: var(--ink); }
 .c-last .exit { font-weight: 600; }
-.c-next { font-size: 13px; white-space: nowrap; }
+.c-next { font-size: 13px; line-height: 1.25; }
 .c-act { text-align: right; }
 .c-act .btn { min-height: 26px; }
 .c-history, .c-spark { line-height: 0; }
@@ -18819,7 +18819,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .alerts pre { margin-top: 3px; color: var(--soft); }
 
 /* History bars, sparklines, days */
-.bars { display: block; cursor: pointer; overflow: visible;
+.bars { display: block; cursor: pointer; shape-rendering: crispEdges;
   border-radius: 2px; }
 .b-ok { fill: var(--b-ok); } .b-bad { fill: var(--b-bad); }
 .b-odd { fill: var(--b-odd); } .b-skip { fill: var(--b-skip); }
@@ -18879,6 +18879,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .dates text { fill: var(--soft); font-size: 11.5px; }
 .leads { cursor: pointer; }
 .leads:hover { background: var(--hover); }
+.desc { margin-top: 10px; }
 .facts dt { font-size: 12px; color: var(--soft); }
 .facts dd { min-height: 21px; }
 .args { display: flex; flex-wrap: wrap; gap: 4px 18px; margin-top: 10px; }
@@ -19057,6 +19058,7 @@ label, .label { font-weight: 600; font-size: 13px; }
 .question { display: flex; gap: 8px 12px; flex-wrap: wrap;
   align-items: center; }
 .runhead .question { margin-top: 12px; }
+.runform:has(> .question:not([hidden])) > .actions { display: none; }
 .snippet { display: flex; align-items: center; gap: 4px;
   border: 1px solid var(--line); border-radius: 8px;
   background: var(--card); padding: 4px 4px 4px 12px; margin-top: 8px; }
@@ -19077,8 +19079,11 @@ table.list { width: 100%; border-collapse: separate; border-spacing: 0;
 .list td { padding: 6px 12px; border-top: 1px solid var(--line);
   vertical-align: top; }
 .list td:not(.message, .wraps) { white-space: nowrap; }
+.list thead td { border: 0; }
+.list td .btn.quiet { color: var(--accent); }
+.list td:has(> .btn:only-child) { text-align: right; }
 @media (min-width: 900px) {
-  .list td .btn { min-height: 26px; padding: 1px 8px; }
+  .list td .btn { min-height: 24px; padding: 1px 8px; margin: -3px 0; }
 }
 .list td.wraps { min-width: 140px; overflow-wrap: anywhere; }
 .list td.message { width: 45%; min-width: 220px; overflow-wrap: anywhere;
@@ -19140,10 +19145,10 @@ dialog > * + * { margin-top: 12px; }
   .row, .heads { grid-template-columns: 90px minmax(110px, 1fr) 172px 240px
     68px; }
   .c-next { display: none; }
-  #top { flex-wrap: wrap; }
-  #top nav { order: 9; flex-basis: 100%; overflow-x: auto; margin: 0; }
 }
 @media (max-width: 899px) {
+  #top { flex-wrap: wrap; }
+  #top nav { order: 9; flex-basis: 100%; overflow-x: auto; margin: 0; }
   body { font-size: 15px; }
   #main { padding: 12px 12px 64px; }
   .open #top { padding: 6px 12px 2px; }
@@ -19200,6 +19205,8 @@ dialog > * + * { margin-top: 12px; }
     min-width: 0; width: auto; }
   .list td:empty { display: none; }
   .list td:has(> .btn:only-child) { margin-left: auto; }
+  .list td > div.muted { display: inline; margin-left: 5px; }
+  .list.runs td:nth-child(5) { display: none; }     /* who started it */
   .list td:not(.message, .wraps) { white-space: normal; }
   .list td[data-th]::before { content: attr(data-th) " "; font-size: 12px;
     color: var(--soft); }
@@ -19217,6 +19224,7 @@ dialog > * + * { margin-top: 12px; }
   .alerts .what { flex-basis: 100%; order: 1; }
   .alerts .row-actions { order: 2; }
   .alerts li > .muted { margin-left: auto; }
+  .alerts .state { align-self: baseline; margin: 0; }
   .dayrow { grid-template-columns: minmax(0, 1fr); padding: 3px 12px; }
   .dayrow > a { padding: 0; }
 }
@@ -20590,8 +20598,8 @@ function logInView(why = "") {
   el("label", { for: "secret", text: "Passphrase" }), user,
   el("div", { class: "pair" }, secret, showSecretButton(secret)),
   capsNote(secret), failed, bar, open, el("p", { class: "muted", id: "hint",
-    text: "The passphrase stays in this tab until you close it. Capitals, "
-    + "blanks and dashes make no difference." })));
+    text: "The passphrase stays in this tab until you close it. In a "
+    + "generated one, capitals, spaces and dashes make no difference." })));
   secret.focus();
   if (!server) showFirstPage();
   return parts;
@@ -22680,7 +22688,7 @@ function jobHead(job, lines) {
   problemNote(job, lines), runningNote(job),
   job.recent_runs.length > 0 && el("div", { class: "charts" }),
   factList([["State", markOf(job)],
-    ["Runs", [job.words, " ", code(job.when)]], ["User", job.user],
+    ["Schedule", [job.words, " ", code(job.when)]], ["User", job.user],
     ["Next", job.next ? [timeNode(job.next, host), muted(" "), muted(dateNode(
       job.next, host))] : nextWords(job)],
     ["Paused until", isPaused(job) && (job.paused
@@ -22722,7 +22730,7 @@ function runningNote(job) {
 function jobCharts(job, width) {
   const host = hostOf(job), runs = job.recent_runs;
   const most = Math.max(1, Math.min(runs.length, Math.floor(width / 4)));
-  const pitch = Math.max(4, Math.min(20, Math.floor(width / most)));
+  const pitch = Math.max(4, Math.min(20, width / most));
   const last = runs.slice(-most), size = { most, pitch, height: 34 };
   const step = Math.ceil(110 / pitch), labels = last.filter((_, at) =>
     at % step === 0 && (at + step / 1.4) < last.length);
@@ -23291,7 +23299,7 @@ class Day {
     Object.assign(this, { from, to, hours, root });
     this.grid = el("div", { class: "day" });
     this.table = el("details", { class: "astable" }, el("summary",
-      { text: "The same as a table" }));
+      { text: "Show as a table" }));
     root.append(this.bar(), this.toolbar(), this.grid, this.table);
     this.resized = () => this.grid.clientWidth !== this.width && this.draw();
     addEventListener("resize", this.resized);
@@ -23663,7 +23671,7 @@ function checkHead(check, isOpen) {
       && formatDuration(check.start_within)],
     ["May run for", check.run_limit > 0 && formatDuration(check.run_limit)],
     ["Tags", check.tags]]),
-  check.desc ? el("p", { text: check.desc }) : "",
+  check.desc ? el("p", { class: "desc", text: check.desc }) : "",
   ...isOperator() ? [snippet(pingUrl(check)),
     pingExamples(check, isOpen || !check.n)] : []];
 }
@@ -23695,7 +23703,7 @@ function pingExamples(check, open) {
 }
 
 function pingTable(path, answer) {
-  return answer.pings.length ? pagedTable("Older", ["No", "When", "Kind",
+  return answer.pings.length ? pagedTable("Older", ["#", "When", "Kind",
     "Took", "From", "Body"], answer, "pings", (ping) => pingRow(path, ping),
   ({ n }) => `${path}?before=${n}`) : empty("No pings yet",
     mutedLine("A ping is any GET, HEAD or POST request to the URL above."));
@@ -24137,7 +24145,7 @@ function hostRow(host) {
     "Removed"), { class: "btn danger" }));
 }
 
-const skewWords = (skew) => Math.abs(skew) < 2 ? "right" : el("span", {
+const skewWords = (skew) => Math.abs(skew) < 2 ? "in sync" : el("span", {
   class: Math.abs(skew) >= 30 ? "late" : "",
   text: `${roughDuration(Math.abs(skew))} ${skew > 0 ? "fast" : "slow"}` });
 
@@ -24211,7 +24219,7 @@ const SHORTCUTS = [["/", "search or filter"], ["j  k",
 ["n", "next difference"], ["s", "snooze"],
 ["f", "follow an output"], ["w", "wrap its lines"], ["g j", "jobs"],
 ["g r", "run by hand"], ["g t", "the day"],
-["g s", "search"], ["g a", "alerts"], ["g h", "hosts"],
+["g s", "search"], ["g a", "alerts"], ["g u", "audit"], ["g h", "hosts"],
 ["?", "these keys"], ["Esc", "close, leave a field"]];
 const AFTER_G = { j: "jobs", r: "by-hand", t: "day", s: "search",
   a: "alerts", h: "hosts",

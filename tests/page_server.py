@@ -91,7 +91,7 @@ class World:
     """All that the made-up dashboard knows."""
 
     def __init__(self, empty=False, many=False, hostile=False, now=None,
-                 recent_runs=90, well=False):
+                 recent_runs=90, well=False, founded=True):
         self.now = now or time.time()
         self.dice = random.Random(7)
         self.seq, self.changes = 1, []
@@ -103,7 +103,7 @@ class World:
         self.may_deliver, self.delivery_error = threading.Event(), ""
         self.may_deliver.set()
         self.tries = 0
-        self.is_founded = True
+        self.is_founded = founded
         self.tokens = []
         self.hostile, self.recent_runs = hostile, recent_runs
         if not empty:

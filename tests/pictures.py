@@ -45,7 +45,13 @@ def take(browser: PageDriver, name: str, place: str, ready: str) -> None:
 # of what must be there. The path may name numbers of the world.
 VIEWS = [
     ("login", {}, None, "", ".login"),
+    ("first-page", {"founded": False}, None, "", ".login .snippet"),
     ("jobs", {}, "jobs", "", ".row"),
+    ("jobs-stale", {}, "jobs", "stream.lost = Date.now() - 60000;"
+     "app.showAge()", ".stale .row"),
+    ("viewer", {"well": True}, "jobs", "session.role = 'viewer'; app.open()",
+     ".row"),
+    ("viewer-settings", {"well": True}, "settings", "", "#stay"),
     ("menu", {}, "jobs", "document.querySelector('[aria-haspopup]').click()",
      "#menu:popover-open"),
     ("jobs-well", {"well": True}, "jobs", "", ".row"),
@@ -64,6 +70,7 @@ VIEWS = [
     ("form", {}, "job/{world.every_type}/run", "", ".runform"),
     ("form-errors", {}, "job/{world.every_type}/run",
      "document.querySelector('.runform').requestSubmit()", ".error"),
+    ("form-down", {}, "job/{down[id]}/run", "", ".runform .late"),
     ("confirm", {}, "job/{confirm[id]}/run",
      "document.querySelector('.runform').requestSubmit()", ".question"),
     ("alerts", {}, "alerts", "", ".channels li"),
@@ -89,6 +96,8 @@ def look(browser, directory, server, name, path, script, ready) -> None:
     numbers = {
         "world": world, "failed": failing and failing[0],
         "day": time.strftime("%Y-%m-%d", time.localtime(world.now)),
+        "down": next((job for job in world.jobs.values() if job["manual"] and
+                      job["state"] == "unknown"), None),
         "check": next(iter(world.checks), ""), "confirm": next(
             (job for job in world.jobs.values() if job["confirm"] == "yes"),
             None)}
