@@ -332,7 +332,7 @@ def try_lock(path: str) -> int | None:
 #
 # JSON (RFC 8259) with // and /* */ comments and trailing commas. The module
 # `json` does not give the position of a value, and every diagnostic needs
-# one, so mission has a reader of its own.
+# one, so mission parses the text itself.
 # ==========================================================================
 
 DEEPEST = 50            # levels; a configuration has five, and 100,000 would
@@ -759,7 +759,7 @@ class Storage(ConfigObject):
 
     @property
     def variable(self) -> str:
-        """The environment variable that tells tasks the path."""
+        """The environment variable in which tasks get the path."""
         return self.name.upper().replace("-", "_") + "_DIR"
 
 
@@ -1506,14 +1506,14 @@ class ConfigValidator:
 
     def check_address(self, path: tuple, address: str,
                       scope: str = "mail") -> None:
-        """Check a mail address; "" is none."""
+        """Check a mail address, unless it is ""."""
         if address and not address_of(address):
             self.add(path, f"invalid email address {described(address)}",
                      "expected name@example.com", scope)
 
     def check_file(self, where: tuple, path: str, hint: str,
                    scope: str = "delivery") -> None:
-        """Check a file that the configuration names; "" is none."""
+        """Check a file that the configuration names, unless it is ""."""
         if path and self.facts.usable.get(path):
             self.add(where, f"{path} {self.facts.usable[path]}", hint, scope)
 
@@ -1744,7 +1744,7 @@ PROGRAM_MAGIC = ("\x7fELF", "\xcf\xfa\xed\xfe", "\xca\xfe\xba\xbe")
 
 
 def carried_errors(task: Task, config: Config):
-    """(why, hint) for each thing that a built-in task of ours lacks."""
+    """Yield (why, hint) for each thing that a task of CARRIED lacks."""
     for name in CARRIED[task.slug]:
         if name not in config.storage:
             yield (f"the built-in {task.slug} needs storage.{name}",
@@ -1755,7 +1755,7 @@ def carried_errors(task: Task, config: Config):
 
 
 def script_errors(task: Task, config: Config, facts: HostFacts):
-    """(why, hint) for each error of a task's file."""
+    """Yield (why, hint) for each error of a task's file."""
     if task.type == "builtin" and task.slug in CARRIED:
         yield from carried_errors(task, config)
         return
@@ -2000,8 +2000,8 @@ def needed_storages(task: Task, config: Config) -> list[Storage]:
 
 
 def status_meaning(task: Task, code: int) -> str:
-    """Return "ok", "warn" or "skip" for an exit status that is no failure of
-    this task, "" for others."""
+    """Return "ok", "warn" or "skip" for an exit status that is not a failure
+    of this task, "" for others."""
     if code == 0:
         return "ok"
     return next((meaning for key, meaning in STATUS_KEYS.items()
@@ -2531,9 +2531,9 @@ def metrics_text(record: dict, last_success: float, config: str) -> str:
 # ==========================================================================
 # Processes: how is a program started and stopped?          (processes; C U)
 #
-# Each program gets a session of its own, a built environment and a limit of
-# time. When mission is stopped by a signal, or a limit has passed, the group
-# of the program gets SIGTERM, and SIGKILL 10 seconds later.
+# Each program gets a new session, a built environment and a time limit. When
+# mission is stopped by a signal, or a limit has passed, the group of the
+# program gets SIGTERM, and SIGKILL 10 seconds later.
 # ==========================================================================
 
 HOST = os.uname().nodename
@@ -2606,7 +2606,7 @@ def environment(account: Account, **more: str) -> dict:
 
 
 class Child:
-    """A program that was started in a session of its own.
+    """A program that was started in a new session.
 
     `fd` is the pipe of its output, -1 once that is closed. Times are ticks
     of the clock; None or 0 before they are known.
@@ -2847,8 +2847,8 @@ class Processes:
     def start(self, argv: list[str], env: dict, cwd: str = "/",
               account: Account | None = None, limit: float = NO_LIMIT,
               stdin=None, pass_fds=(), nice: int = 0) -> Child:
-        """Start a program in a session of its own, as `account` if mission
-        runs as root. `limit`: its longest time in seconds. Raises OSError."""
+        """Start a program in a new session, as `account` if mission runs as
+        root. `limit`: its longest time in seconds. Raises OSError."""
         import subprocess
         # preexec_fn makes Popen slow, so it is used only where needed. There
         # are no threads, with which it could deadlock.
@@ -3017,7 +3017,8 @@ class Processes:
         first one, or with `is_patient` the second. Raises Error
         for an exception in it, and Unanswered if it sends nothing for
         `limit` seconds. Then the child is killed, or left alone if it hangs
-        in a call of the kernel: it holds nothing of ours, not even the lock.
+        in a call of the kernel: it has no open file of mission, so it does
+        not hold the lock.
         """
         reading, writing = os.pipe()
         pid = os.fork()
@@ -3033,7 +3034,7 @@ class Processes:
                     raise Error(*value)
                 if on_message:
                     on_message(value)
-            raise Error("ended without an answer")
+            raise Error("the child process ended without a reply")
         finally:
             os.close(reading)
             end_process(pid)
@@ -3183,8 +3184,8 @@ def read_password(processes: Processes, pass_bin: str, user: str,
                   name: str) -> str:
     """Return the password `name`: the first line that passBin prints.
 
-    passBin runs as `user`, because a password store has a configuration and
-    hooks of its own. Raises Error.
+    passBin runs as `user`, because a password store has its own configuration
+    and hooks. Raises Error.
     """
     account = account_of(user) if os.geteuid() == 0 else myself()
     done = processes.run([pass_bin, name], PASS_SECONDS, account=account,
@@ -3202,8 +3203,8 @@ def read_password(processes: Processes, pass_bin: str, user: str,
 # Files: who can change a file?                                   (files; C)
 #
 # Where root works in a directory that a user can write, it walks by
-# descriptors and follows no link, or works as that user. What root runs may
-# be changed by nobody else: the file and every directory above it.
+# descriptors and follows no link, or works as that user. Only trusted users
+# may be able to change what root runs: the file and each directory above it.
 # ==========================================================================
 
 
@@ -3464,7 +3465,7 @@ def find_program(name: str) -> str | None:
     """Return the path of a program, in PATH or the usual directories; or None.
 
     cron's PATH lacks the sbin directories. A directory that does not answer
-    is passed over, and not asked again.
+    is skipped, and not asked again.
     """
     directories = os.environ.get("PATH", "").split(":")
     directories += SAFE_PATH.split(":") + ["/usr/lib"]
@@ -3518,7 +3519,7 @@ def python_error(source: bytes, path: str) -> str:
     try:
         tree = ast.parse(source, path)
     except (SyntaxError, ValueError) as error:
-        # What Python says of it can quote the file.
+        # The message of Python can quote the file.
         return f"is not valid Python at line {getattr(error, 'lineno', 1)}"
     bound = {getattr(node, name, None) for node in ast.walk(tree)
              for name in ("name", "asname", "id")}
@@ -3662,7 +3663,7 @@ def storage_facts(path: str, strict: bool, known: set[int] | None) -> dict:
     """Return the facts about the directory of a storage.
 
     `strict`: as in directory_error. `known`: the user ids whose files may be
-    in a directory that root gives to a user; None: nobody asks.
+    in a directory that root gives to a user; None: not checked.
     """
     return {
         "error": directory_error(path, strict),
@@ -3692,7 +3693,7 @@ def sample_user() -> Account | None:
     """Return the user whose backups a new configuration is for.
 
     Root's is the user that called sudo, else the only ordinary account with
-    a login shell; None if there is not exactly one. Anybody else's is their
+    a login shell; None if there is not exactly one. For others it is their
     own account.
     """
     if os.geteuid():
@@ -3829,19 +3830,19 @@ class ChownReport(FrozenRecord):
 
 
 # Without /proc or O_PATH (macOS) entries are changed by name in an open
-# folder, never following a link, and files with more links not at all.
+# directory, never following a link, and files with more links not at all.
 PATH_ONLY = getattr(os, "O_PATH", 0) if os.path.isdir("/proc/self/fd") else 0
 
 
 class ChownWalk:
-    """Gives a tree to a user, also while somebody changes the tree.
+    """Gives a tree to a user, even while another user changes the tree.
 
     An entry with the wrong owner is opened with O_PATH and O_NOFOLLOW,
     checked with fstat on that descriptor and changed through it, so no other
     file can take its place in between; where nobody but root can change the
     directory, it is changed by its name. An entry that is right is only
     looked at. A regular file with more hard links is changed only if all of
-    them are in this tree: a user can link to a file of somebody else. Its
+    them are in this tree: a user can link to a file of another user. Its
     ctime, which each link and rename sets, must not change while the links
     are counted.
     """
@@ -3871,7 +3872,7 @@ class ChownWalk:
                 real = os.readlink(f"/proc/self/fd/{top}").rstrip("/") + "/"
                 self.is_mounted_below = any(point.startswith(real)
                                             for point in mount_points())
-            self.folder(top, path, 0)
+            self.walk_directory(top, path, 0)
             for seen in self.linked.values():
                 self.hard_linked(top, path, seen)
         finally:
@@ -3896,7 +3897,7 @@ class ChownWalk:
         """Whether an entry has the wanted owner."""
         return (status.st_uid, status.st_gid) == (self.uid, self.gid)
 
-    def folder(self, fd: int, path: str, depth: int) -> None:
+    def walk_directory(self, fd: int, path: str, depth: int) -> None:
         """Change everything in a directory, then the directory itself: as
         long as root owns it, nobody can replace what was checked."""
         below: list[tuple] = []
@@ -3935,11 +3936,11 @@ class ChownWalk:
             elif mount_of(inner) != self.mount:
                 self.leave(ELSEWHERE, path)
             else:
-                self.folder(inner, path, depth + 1)
+                self.walk_directory(inner, path, depth + 1)
         finally:
             os.close(inner)
 
-    def entry(self, fd: int, entry, folder: str, is_steady: bool,
+    def entry(self, fd: int, entry, directory: str, is_steady: bool,
               below: list) -> None:
         """Change one entry of the directory `fd`, unless it is right.
 
@@ -3951,16 +3952,16 @@ class ChownWalk:
         if stat.S_ISDIR(status.st_mode) and why != ELSEWHERE:
             below.append((entry.name, (status.st_dev, status.st_ino)))
         elif why:
-            self.leave(why, folder, entry.name)
+            self.leave(why, directory, entry.name)
         elif self.is_right(status):
             pass
         elif PATH_ONLY and not (is_steady and is_plain(status)) \
                 or status.st_nlink == 1 and not is_plain(status):
-            self.open_entry(fd, entry.name, folder)
+            self.open_entry(fd, entry.name, directory)
         else:
-            self.change(fd, entry.name, folder, status)
+            self.change(fd, entry.name, directory, status)
 
-    def open_entry(self, fd: int, name: str, folder: str) -> None:
+    def open_entry(self, fd: int, name: str, directory: str) -> None:
         """Change an entry that is not a directory through a descriptor.
 
         What was found when its directory was read may be another file now.
@@ -3975,20 +3976,20 @@ class ChownWalk:
             elif self.is_mounted_below and mount_of(held) != self.mount:
                 why = ELSEWHERE
             if why:
-                self.leave(why, folder, name)
+                self.leave(why, directory, name)
             else:
-                self.change(fd, name, folder, status, held)
+                self.change(fd, name, directory, status, held)
         finally:
             os.close(held)
 
-    def change(self, fd: int, name: str, folder: str, status,
+    def change(self, fd: int, name: str, directory: str, status,
                held: int = -1) -> None:
         """Change the entry `name` of the directory `fd`: through `held`, if
         it is open, or by its name. One of several hard links must wait."""
         if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
-            self.count_link(fd, name, os.path.join(folder, name), status)
+            self.count_link(fd, name, os.path.join(directory, name), status)
         elif held >= 0 and not stat.S_ISLNK(status.st_mode):
-            self.give(held, status, folder, name)
+            self.give(held, status, directory, name)
         else:
             os.chown(name, self.uid, self.gid, dir_fd=fd,
                      follow_symlinks=False)
@@ -4045,11 +4046,11 @@ class ChownWalk:
             return self.leave("hard links (this system has no O_PATH)", path)
         if not seen["still"]:
             return self.leave("hard links that just changed", path)
-        folders = os.path.relpath(path, root).split("/")
+        names = os.path.relpath(path, root).split("/")
         fd = os.dup(top)
         try:
-            for depth, name in enumerate(folders, start=1):
-                flags = PATH_ONLY if depth == len(folders) \
+            for depth, name in enumerate(names, start=1):
+                flags = PATH_ONLY if depth == len(names) \
                     else PATH_ONLY | os.O_DIRECTORY
                 inner = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
                 os.close(fd)
@@ -4146,7 +4147,7 @@ def free_bytes(path: str) -> int:
 
 GIT_SECONDS = 600       # for one command of git
 PACK_SECONDS = 3600     # for `git gc`, which nothing waits for
-LOCK_AGE = 15 * 60      # a git lock this old belongs to nobody
+LOCK_AGE = 15 * 60      # seconds; an older git lock is stale
 # The configuration of git(1) that no repository and no user can change.
 GIT_OPTIONS = (
     # "batch" waits for the disk once for all objects, not for each. sync()
@@ -4156,7 +4157,7 @@ GIT_OPTIONS = (
     "status.submoduleSummary=false", "color.ui=false")
 CHANGES_NAMED = 1000    # files of one commit are named, then counted
 UNREADABLE_HINT = '"chown": true for this storage'
-# Packing is a step of its own after the mail, with its own limit.
+# Packing is a separate step after the mail, with its own limit.
 NO_PACKING = ("gc.auto=0", "maintenance.auto=false")
 STAY_ATTACHED = ("gc.autoDetach=false", "maintenance.autoDetach=false")
 # Where git looks for configuration besides the repository (git-config(1),
@@ -4254,7 +4255,7 @@ class Repository:
         """report(kind, text) gets a line for the log ("Status" ...), or with
         the kind "" raw bytes of git's output. `since`: when mission's git
         may have begun to work there, in seconds since 1970. Raises Error if
-        nobody can be found to run git as."""
+        the owner of the directory has no account, or is another user."""
         self.processes, self.path, self.report = processes, path, report
         self.git, self.since = find_program("git") or "git", since
         self.directories: list[str] = []    # that git writes to
@@ -4348,8 +4349,8 @@ class Repository:
         """Ask git for the directories that it writes to: that of .git, and
         in a worktree the common one (gitrepository-layout(5)).
 
-        Raises Error if the directory is not the top of a repository. What
-        git says then is not repeated: it could quote any file.
+        Raises Error if the directory is not the top of a repository. The
+        output of git is not repeated: it could quote any file.
         """
         if self.owner.uid == 0:
             self.refuse_untrusted([self.path])
@@ -4453,7 +4454,7 @@ class Repository:
                 "diff", "--cached", "--name-status", "-z", "--no-renames",
                 "--no-ext-diff", "--no-textconv", "--ignore-submodules=none",
                 whole=True).output
-            self.changes = text.count("\0") // 2   # a letter and a name each
+            self.changes = text.count("\0") // 2   # status, name
             fields = text.split("\0", 2 * CHANGES_NAMED)
             names = [f"{letter}  {escape_controls(name)}\n" for letter, name
                      in zip(fields[::2], fields[1::2])]
@@ -4521,8 +4522,8 @@ class Repository:
 
     def pack(self) -> str:
         """Let git pack loose objects and packs, if there are too many by its
-        rule (gc.auto in git-gc(1)); return what it says, "" if it did
-        nothing. Raises Error."""
+        rule (gc.auto in git-gc(1)); return its output, "" if it did nothing.
+        Raises Error."""
         done = self.call("gc", "--auto", options=STAY_ATTACHED,
                          limit=PACK_SECONDS, survives_stop=False)
         if done.code:
@@ -4913,7 +4914,7 @@ def hide_url(text: str, url: str) -> str:
     from urllib.parse import unquote
     words = re.split("[/?&=]", request_target(url))
     for word in sorted({*words, *map(unquote, words)}, key=len, reverse=True):
-        if len(word) > 5:       # "start" and "ping" are no secrets
+        if len(word) > 5:       # a short word, such as "start", is public
             text = text.replace(word, MASK)
     return text
 
@@ -4959,7 +4960,7 @@ def recipients(message: bytes, addresses: list[str]) -> list[str]:
 
 
 class Delivery:
-    """Sends the news of a run: mail, ping, desktop, metrics."""
+    """Sends mail, pings, desktop notifications and metrics of a run."""
 
     def __init__(self, config: Config, processes: Processes):
         self.config, self.processes = config, processes
@@ -5067,8 +5068,8 @@ class Delivery:
 # Builtins: which tasks need no script?                  (files, network; U)
 #
 # A built-in task is Python: TASKS_DIR/slug/task.py with `run(args, log)`,
-# or one of this section. It runs in a process of its own, so that it can
-# be timed out, become another user, and crash without harm.
+# or one of this section. It runs in a separate process, so that it can be
+# timed out, become another user, and crash without harm.
 # ==========================================================================
 
 SPOTIFY_API = "https://api.spotify.com/v1"
@@ -5132,7 +5133,7 @@ def load_task(path: str):
     """Return the function `run` of the task.py at `path`. Raises any
     exception of that file."""
     import importlib.util
-    sys.path.insert(0, os.path.dirname(path))   # for modules beside it
+    sys.path.insert(0, os.path.dirname(path))   # for modules in its directory
     spec = importlib.util.spec_from_file_location("task", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -5449,8 +5450,8 @@ RUN_IN_PROGRESS = {
     "id": "", "pid": 0, "started": 0.0, "boot": "", "headless": False,
     "partial": False, "phase": "", "task": "", "log": "", "lost": [],
     "result": "", "seconds": None}
-UNKNOWN_ID = "unknown"          # of a run whose file is torn
-FINISHED = "finished"           # the phase of a run that came to its end
+UNKNOWN_ID = "unknown"          # of a run whose file is incomplete
+FINISHED = "finished"           # the phase of a run that has ended
 ROOM_FOR_RUN = 1024             # bytes of the file of the run in progress
 PAST_RUN = {
     "id": "", "start": "", "started": 0.0, "headless": False,
@@ -5517,7 +5518,7 @@ class StateDirectory:
         self.directory, self.clock, self.held = directory, clock, None
         self.lock = os.path.join(locks or directory, "lock")
         self.current: dict = {}
-        self.last_remembered: dict = {}
+        self.last_recorded: dict = {}
         self.current_fd, self.current_size = -1, ROOM_FOR_RUN
         self.error = ""
 
@@ -5557,8 +5558,8 @@ class StateDirectory:
             make_private_directory(directory)
 
     def name_holder(self) -> None:
-        """Write into the lock who holds it. Its directory may have no room;
-        then others cannot say who it is."""
+        """Write the process that holds the lock into it. On a full disk other
+        runs cannot name this process."""
         try:
             os.ftruncate(self.held, 0)
             os.pwrite(self.held, f"{os.getpid()} {self.clock.now()}\n"
@@ -5587,7 +5588,7 @@ class StateDirectory:
         return held is None
 
     def busy(self) -> str:
-        """Return who holds the lock, since when, in which task."""
+        """Return which process holds the lock, since when, in which task."""
         run, (pid, since) = self.read_current(), self.holder()
         where = ""
         if run.get("phase") != FINISHED and run.get("pid") \
@@ -5680,8 +5681,8 @@ class StateDirectory:
     def history(self) -> list[dict]:
         """Return all recorded runs, oldest first.
 
-        Of two records of one run the later counts. A line torn by a crash
-        is passed over.
+        Of two records of one run the later counts. A line that a crash left
+        incomplete is skipped.
         """
         import json
         try:
@@ -5715,7 +5716,7 @@ class StateDirectory:
             os.fsync(fd)
         finally:
             os.close(fd)
-        self.last_remembered = record
+        self.last_recorded = record
         if size > HISTORY_LIMIT:
             records = self.history()
             write_atomically(self.path("history.jsonl"), b"".join(
@@ -5732,7 +5733,7 @@ class StateDirectory:
         """
         self.update(phase=FINISHED, result=record["result"],
                     seconds=record.get("seconds"))
-        if record != self.last_remembered:
+        if record != self.last_recorded:
             self.add_to_history(record)
         if self.current_fd >= 0:        # the file stays: see write_current
             os.close(self.current_fd)
@@ -5832,12 +5833,12 @@ def paint(choice, code: str, text: str) -> str:
 
 
 class LogWriter:
-    """The file of a run log, in the hands of a child process: mission must
-    not hang when the file system does.
+    """Writes the file of a run log in a child process: mission must not hang
+    when the file system does.
 
-    Each method waits for the answer of the child. They raise OSError, that
-    of the child's call or, after LOG_SECONDS, one of their own; from then on
-    nothing is asked any more. The child ends when mission does.
+    Each method waits for the answer of the child. It raises OSError: that of
+    the child's call, or ETIMEDOUT after LOG_SECONDS; from then on each call
+    fails at once. The child ends when mission does.
     """
 
     def __init__(self):
@@ -5861,7 +5862,7 @@ class LogWriter:
             self.socket.sendall(json.dumps(request).encode() + b"\n" + data)
             answer = self.answers.readline()
             if not answer:
-                raise OSError(errno.EPIPE, "its writer ended")
+                raise OSError(errno.EPIPE, "the process that writes it ended")
         except OSError as error:
             self.failure = OSError(error.errno or errno.ETIMEDOUT,
                                    error.strerror or NO_ANSWER)
@@ -5915,8 +5916,8 @@ class LogWriter:
     def prune(self, current: str, keep: int) -> None:
         """Remove all run logs but `current` and the newest `keep` - 1.
 
-        The time of the last change counts: the names tell what a clock
-        showed that may have been wrong.
+        The time of the last change counts: the names have the time of a
+        clock that may have been wrong.
         """
         import re
         ages = {}
@@ -5947,7 +5948,7 @@ class RunLog:
         self.lost = self.spilled = 0
         self.synced = 0.0
         self.shows_status = False
-        self.reader_gone = False        # the pipe or terminal was closed
+        self.is_closed = False          # the pipe or terminal was closed
         self.terminal = os.isatty(1)
 
     def open(self, directory: str, started: float) -> None:
@@ -5977,7 +5978,7 @@ class RunLog:
 
     def write(self, text: str) -> None:
         """Write text to the log, or to stderr while it cannot be written."""
-        if self.reader_gone:
+        if self.is_closed:
             return None
         data = text.encode("utf-8", "backslashreplace")
         if self.shows_status:
@@ -5996,7 +5997,7 @@ class RunLog:
             self.lost = 0
         except OSError as error:
             if self.fd == 1 and error.errno in (errno.EPIPE, errno.EIO):
-                self.reader_gone = True
+                self.is_closed = True
                 return None
             self.break_down(error.strerror)
             self.spill(data)
@@ -6283,7 +6284,7 @@ class Runner:
                  for task in self.config.tasks}
         for run in self.lost:
             self.alive.update(processes_of_run(run["id"], users))
-        self.remember_earlier()
+        self.record_earlier_runs()
         self.state.write_current({
             "id": self.run_id, "pid": os.getpid(), "started": self.started,
             "boot": boot_id(), "headless": self.headless,
@@ -6294,7 +6295,7 @@ class Runner:
             self.expected = self.state.expected()
             self.processes.on_tick = self.show_status
 
-    def remember_earlier(self) -> None:
+    def record_earlier_runs(self) -> None:
         """Record lost runs, and one that ended when the disk was full."""
         known = {record["id"]: record for record in self.state.history()}
         records = [past_run(run, "lost") for run in self.lost
@@ -6763,7 +6764,7 @@ class Runner:
     # --- the end, and delivery --------------------------------------------
 
     def finish(self) -> None:
-        """Log the end; the rest of the run delivers its news."""
+        """Log the end; the steps after it report the run."""
         self.took = self.log.elapsed()
         self.log_header("Finish")
         self.log_line("FinishTime " + local_time(self.processes.clock.now()))
@@ -6898,8 +6899,8 @@ class Runner:
 
     def insist(self, attempt, pauses) -> tuple[bool, str]:
         """Return attempt(): whether it succeeded, and an answer. It is called
-        again after pauses of so many seconds, while another try may help and
-        no signal came."""
+        again after each of `pauses` (seconds), while another try may help
+        and no signal came."""
         for pause in pauses:
             done, answer = attempt()
             if done or self.processes.stopped or not worth_another(answer):
@@ -7557,7 +7558,7 @@ TRUST
 As root, mission refuses a configuration or a task that anyone but root and
 user.name can write, in the file itself or a directory above it: by its mode, a
 group, or an access control list (POSIX or NFSv4). A group is trusted if the
-host lists it and all its members are trusted; none is if nsswitch.conf(5)
+host lists it and all its members are trusted; no group is if nsswitch.conf(5)
 takes users from SSSD or LDAP. With "trust": "root" only root is trusted. Use
 that if user.name must not be able to become root, because root runs what is in
 the tasks directory.
@@ -7726,7 +7727,7 @@ SYSLOG_SECONDS = 5.0
 
 
 class ExitWithText(Exception):
-    """Nothing is left to do but to print a text."""
+    """Print a text and exit with status 0; `main` catches it."""
 
 
 def number_of_runs(text: str) -> int:
@@ -7866,7 +7867,7 @@ def named_config(argv: list[str]) -> str:
 def parse_arguments(argv: list[str]):
     """Return (command, options, arguments) of a command line. Raises Error.
 
-    Options stand before or after the command, as in the original.
+    Options are accepted before and after the command, as in the original.
     """
     import argparse
     name = command_word(argv)
@@ -8142,8 +8143,8 @@ def refuse_hopeless(source: ConfigSource, options) -> None:
 
 
 def refuse_untrusted(found: LoadedConfig, options) -> None:
-    """Raise Error if others can change the configuration. Only stderr and
-    syslog hear of it: the addresses in the file are not trusted."""
+    """Raise Error if others can change the configuration. It is reported to
+    stderr and syslog only: the addresses in the file are not trusted."""
     writer = HostInspector().config_writer(found.config) if found.config \
         else ""
     if writer:
@@ -8437,7 +8438,7 @@ def readable_config(options) -> Config:
 def command_new(options, slug: str) -> int:
     """Make TASKS_DIR/slug/run and print the line for the configuration.
 
-    Both belong to the owner of the tasks' directory. Raises Error.
+    Both get the owner of the tasks' directory. Raises Error.
     """
     if not is_label(slug, LOWER + DIGITS):
         raise Error(f"invalid slug {quoted(slug)} ({SLUG_RULE})", "",
@@ -8501,8 +8502,8 @@ def unit_command(words: list[str]) -> str:
 
 
 def unit_header(path: str) -> str:
-    """Return the comment that says where the units of the configuration at
-    `path` belong, and how to enable them."""
+    """Return the comment that says where to put the units of the configuration
+    at `path`, and how to enable them."""
     import re
     import shlex
     stem = re.sub(r"[^A-Za-z0-9_-]", "-", os.path.basename(path).split(".")[0])
@@ -8711,8 +8712,8 @@ def open_standard_streams() -> None:
 
 
 def report_error(error: Error, config: str) -> None:
-    """Print an error and its hint to stderr, if somebody still reads it. The
-    command of the hint is for the configuration `config`."""
+    """Print an error and its hint to stderr, unless that is a closed pipe.
+    The command of the hint gets the configuration `config`."""
     lines = [f"{PROG}: error: {error.message}"]
     if error.hint:
         lines.append(f"{PROG}: hint: {with_config(error.hint, config)}")
