@@ -1,8 +1,7 @@
 """koid as root, for several users: who may do what, and what a job can do.
 
-The number in front of a case is that of the project's list of attacks. koid
-runs in a mount namespace of the test's own, with its usual places: its home
-is /var/lib/koi, its socket /run/koi/koid.sock. Users call it from there.
+koid runs in a separate mount namespace with its usual paths: its home is
+/var/lib/koi, its socket /run/koi/koid.sock. Users call it from there.
 """
 
 from __future__ import annotations
@@ -241,7 +240,7 @@ def test_installed_tab_is_in_force_before_the_reply_and_private(town):
     assert "no job" in alice.ask("run", job="Mine")["error"]
 
 
-# Who may do what (74, 77) ----------------------------------------------------
+# Permissions of users --------------------------------------------------------
 
 AS_IF = {"LOGNAME": ALICE, "USER": ALICE, "SUDO_USER": ALICE,
          "SUDO_UID": "1500", "HOME": "/root"}
@@ -428,7 +427,7 @@ def test_tab_of_an_excluded_user_cannot_be_installed_by_root(town):
         town.ask("install", user=ALICE, text="@manual id\n")
 
 
-# Which files are believed (73, 79) -------------------------------------------
+# Trusted files ---------------------------------------------------------------
 
 GOOD = '"Job" @manual id -un\n'
 
@@ -596,7 +595,7 @@ def test_tab_above_a_size_limit_is_refused_with_the_limit(town):
     assert alice.ask("list")["text"] is None
 
 
-# What a job is and has (80 to 84) --------------------------------------------
+# Rights and environment of a job ---------------------------------------------
 
 PROBE = """
 import json, os, signal
@@ -801,7 +800,7 @@ def test_jobs_of_a_user_without_a_login_shell_run(town, line, uid):
     assert town.run("Id", user=name)[1] == b"%d\n" % uid
 
 
-# Out of the user's reach (85, 86) --------------------------------------------
+# Supervisors and arguments are protected from users --------------------------
 
 REACH = """
 import ctypes
@@ -884,7 +883,7 @@ def test_argument_value_is_not_in_any_command_line(town):
         assert path.is_dir() or b"hunter2" not in path.read_bytes(), path
 
 
-# A full table of processes (87, fault 34) ------------------------------------
+# No free processes -----------------------------------------------------------
 
 
 def test_run_of_a_user_at_the_process_limit_waits(town, tmp_path):

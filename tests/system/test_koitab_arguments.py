@@ -315,7 +315,7 @@ REFUSED = [     # the command, where the placeholder stands, the mend
     ("show%{{.Name}} {{v}}", "after %", "what follows % is the job's input; "
      r"write \% for a percent"),
 ]
-KNOWN = 19      # of hard-cases.md, 3.3
+KNOWN = 19      # contexts in which a quoted word can still be evaluated
 SAFE_IF_QUOTED = [      # where quote-and-substitute would do, and we do too
     "show {{v}}", "V={{v}}", "case {{v}} in x) ;; esac", "show > {{v}}",
     "{{v}}", "show ~{{v}}"]

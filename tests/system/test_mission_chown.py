@@ -1,7 +1,4 @@
-"""What root gives to the user, in a folder where that user may do anything.
-
-The number in front of a case is that of the project's list of attacks.
-"""
+"""What root chowns to a user, in a directory that this user can change."""
 
 from __future__ import annotations
 

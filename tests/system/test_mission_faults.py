@@ -116,7 +116,7 @@ def test_run_after_one_killed_at_any_system_call_succeeds(scratch):
         except AssertionError as error:
             raise AssertionError(f"{place}: {error}\n{again}") from None
 
-    # 32: the telling points, of which there are about 29, and a few others.
+    # 32 points: the about 29 that change a file, and a few others.
     struck = sweep.sweep(
         scratch.command("run", "--headless"), None,
         300 if support.FULL else 32, made_good, after=its_start(scratch),

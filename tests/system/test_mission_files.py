@@ -1,8 +1,5 @@
-"""The files root reads and writes where somebody else may have been first:
-the log, the lock, the configuration, the tasks.
-
-The number in front of a case is that of the project's list of attacks.
-"""
+"""The files that root reads and writes, where another user may have made one
+before: the log, the lock, the configuration, the tasks."""
 
 from __future__ import annotations
 
@@ -52,13 +49,13 @@ def names_ahead(seconds: int) -> list[str]:
 
 
 PLANTS = {
-    "16 a link to a file": lambda path, victim: path.symlink_to(victim),
-    "16 a link to nowhere": lambda path, victim: path.symlink_to(
+    "a link to a file": lambda path, victim: path.symlink_to(victim),
+    "a link to nowhere": lambda path, victim: path.symlink_to(
         victim.parent / "planted"),
-    "16 a hard link": lambda path, victim: os.link(victim, path),
-    "16 a file": lambda path, victim: path.write_text("theirs"),
-    "16 a folder": lambda path, victim: path.mkdir(),
-    "17 a fifo": lambda path, victim: os.mkfifo(path),
+    "a hard link": lambda path, victim: os.link(victim, path),
+    "a file": lambda path, victim: path.write_text("theirs"),
+    "a folder": lambda path, victim: path.mkdir(),
+    "a fifo": lambda path, victim: os.mkfifo(path),
 }
 
 

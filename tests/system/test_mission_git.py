@@ -1,8 +1,7 @@
-"""git in a folder whose user may write whatever git reads and runs.
+"""git in a directory whose user can write all that git reads and runs.
 
-Every planted program writes the user id it runs with on a canary. That may
-be alice's, who could run it anyway; it is never root's. The number in front
-of a case is that of the project's list of attacks.
+Each planted program writes the user ID that it runs with to a file. That may
+be the ID of alice, who could run the program anyway; it is never root's.
 """
 
 from __future__ import annotations
@@ -276,21 +275,21 @@ def gc(folder: Path, spy: Spy) -> None:
 
 
 VECTORS = {
-    **{f"32 hook {name}": hook(name) for name in (
+    **{f"hook {name}": hook(name) for name in (
         "pre-commit", "prepare-commit-msg", "commit-msg", "post-commit",
         "post-index-change", "reference-transaction")},
-    "32 core.hooksPath": hooks_path,
-    "33 core.fsmonitor": set_config("core.fsmonitor", "HOOK"),
-    "33 fsmonitor by include.path": included,
-    "33 fsmonitor of a submodule": submodule,
-    "34 filter clean": by_attributes("filter.x.clean", "FILTER"),
-    "34 filter process": by_attributes(
+    "core.hooksPath": hooks_path,
+    "core.fsmonitor": set_config("core.fsmonitor", "HOOK"),
+    "fsmonitor by include.path": included,
+    "fsmonitor of a submodule": submodule,
+    "filter clean": by_attributes("filter.x.clean", "FILTER"),
+    "filter process": by_attributes(
         "filter.x.process", "PROCESS"),
-    "34 filter by info/attributes": by_attributes(
+    "filter by info/attributes": by_attributes(
         "filter.x.clean", "FILTER", file=".git/info/attributes"),
-    "35 gpg.program": set_config("commit.gpgSign", "true", "gpg.program",
+    "gpg.program": set_config("commit.gpgSign", "true", "gpg.program",
                                  "HOOK"),
-    "35 gc and pre-auto-gc": gc,
+    "gc and pre-auto-gc": gc,
 }
 
 
@@ -300,7 +299,7 @@ def test_no_planted_program_runs_as_root(alice, repo, spy, vector):
     VECTORS[vector](repo, spy)
     support.own(repo, ALICE)
     before = count_commits(repo, uid=ALICE)
-    alice.env["SUDO_UID"] = alice.env["SUDO_GID"] = str(ALICE)  # case 39
+    alice.env["SUDO_UID"] = alice.env["SUDO_GID"] = str(ALICE)
     result = alice.headless()
     assert spy.seen() <= {str(ALICE)}
     assert result.code == 0, (result, alice.log())
