@@ -29250,8 +29250,8 @@ TOPICS = {      # name: (title, text)
     "alerts": ("what raises an alert, and who is notified", ALERTS_TOPIC),
     "ping": ("checks: jobs that koid does not run", PING_TOPIC),
     "api": ("HTTP: routes, reading, Healthchecks, Prometheus", API_TOPIC),
-    "files": ("files, directories, environment, containers", FILES_TOPIC),
-    "behaviour": ("what koid does, exactly; one job on several hosts",
+    "files": ("files, environment, processes, installing", FILES_TOPIC),
+    "behaviour": ("what koid does; containers; groups of hosts",
                   BEHAVIOUR_TOPIC),
     "security": ("what protects whom from what", SECURITY_TOPIC),
     "status": ("exit statuses, states and results", STATUS_TOPIC),
@@ -29466,7 +29466,7 @@ class Command(FrozenRecord):
     help: str                   # a verb phrase
     usage: tuple = ("",)        # "SLUG [RUN]"; lower case is typed as it is
     options: tuple = ()         # keys of OPTIONS
-    text: str = ""              # a paragraph for its help
+    text: str = ""              # a paragraph for its help, in any lines
     examples: str = ""          # command lines for its help
     topic: str = "behaviour"    # where to read more
 
@@ -29474,6 +29474,12 @@ class Command(FrozenRecord):
     def status(self) -> int:
         """The exit status of wrong usage."""
         return EXIT_ERROR if self.group == CRONTAB else EXIT_USAGE
+
+    @property
+    def example_lines(self) -> list[str]:
+        """The examples, with the indent of a help text."""
+        return [f"  {line.strip()}" for line in self.examples.split("\n")
+                if line.strip()]
 
     def choices(self) -> list[str]:
         """Return the words that may be typed as the first argument."""
@@ -29494,177 +29500,175 @@ COMMANDS = {    # by the first word, or by the option that stands for it
     "-": Command(
         command_replace, CRONTAB, "install a tab",
         ("[FILE|-]",), ("user",),
-        "Without a FILE, or with -, the tab is read from standard input. "
-        "Every error is printed with its line and column, and then nothing "
-        "is installed. A file with the name of a command is ./run.",
-        examples="koitab tab\nkoitab - < tab\nkoitab -u alice tab",
-        topic="tab"),
+        """Without a FILE, or with -, the tab is read from standard input.
+        Every error is printed with its line and column, and then nothing is
+        installed. If jobs are removed or changed, the tab from before is kept
+        and its path is printed. A file with the name of a command is ./run.
+        """, """koitab tab
+        koitab - < tab
+        koitab -u alice tab""", "tab"),
     "-e": Command(
-        command_edit, CRONTAB, "edit your tab", options=("edit", "user"),
-        text="The editor is that of VISUAL or EDITOR. What it saves is "
-        "installed; an edit that cannot be installed is kept in a file.",
-        examples="koitab -e\nEDITOR=nano koitab -e\nkoitab -u alice -e",
-        topic="tab"),
-    "-l": Command(command_list, CRONTAB, "list your tab",
-                  options=("list", "user"),
-                  text="The tab is printed byte for byte, but a terminal gets "
-                  "no control characters.",
-        examples="koitab -l\nkoitab -l > tab",
-        topic="tab"),
-    "-r": Command(command_remove, CRONTAB, "remove your tab",
-                  options=("remove", "ask", "user"),
-                  text="Runs that are active continue.",
-        examples="koitab -r -i\nkoitab -u alice -r",
-        topic="files"),
+        command_edit, CRONTAB, "edit your tab", ("",), ("edit", "user"),
+        """The editor is that of VISUAL or EDITOR. What it saves is installed;
+        an edit that cannot be installed is kept in a file.""", """koitab -e
+        EDITOR=nano koitab -e
+        koitab -u alice -e""", "tab"),
+    "-l": Command(
+        command_list, CRONTAB, "list your tab", ("",), ("list", "user"),
+        """The tab is printed byte for byte, but a terminal gets no control
+        characters.""", """koitab -l
+        koitab -l > tab""", "tab"),
+    "-r": Command(
+        command_remove, CRONTAB, "remove your tab", ("",),
+        ("remove", "ask", "user"), """The tab is kept as a file whose path is
+        printed. Runs that are active continue.""", """koitab -r -i
+        koitab -u alice -r""", "files"),
     "-T": Command(
-        command_test, CRONTAB, "test a tab",
-        ("FILE",), ("test",), "Nothing is installed. The exit status is 1 if "
-        "the tab has errors; a warning alone leaves it 0.",
-        examples="koitab -T tab\nkoitab -l | koitab -T -",
-        topic="tab"),
+        command_test, CRONTAB, "test a tab", ("FILE",), ("test",),
+        """Every error and warning is printed with its line and column, and
+        nothing is installed. The exit status is 1 if the tab has errors; a
+        warning alone leaves it 0.""", """koitab -T tab
+        koitab -l | koitab -T -""", "tab"),
     "run": Command(
         command_run, JOBS, "run a job, wait for its end",
         ("NAME [ARG=VALUE]...",), ("user", "on", "url", "ca", "plain_http"),
-        "NAME is a job's name, SECTION/NAME, its line or its tag. ARG=- reads "
-        "the value from standard input; missing values are asked for at a "
-        "terminal. Ctrl-C reaches the job, a third one leaves it running. "
-        "With --on, the job runs on another host of the dashboard: the "
-        "request is signed here, with the passphrase from the terminal or "
-        "standard input.",
-        examples="koitab run Nightly\nkoitab run \"Say hi\" To=Ann Times=2\n"
-        "koitab run --on web1 \"Restart web\"",
-        topic="arguments"),
+        """The output and the exit status are those of the job. NAME is a
+        job's name, SECTION/NAME, or its tag. ARG=- reads the value from
+        standard input; missing values are asked for at a terminal. Ctrl-C
+        reaches the job, a third one leaves it running. With --on, the job
+        runs on another host of the dashboard: the request is signed here,
+        with the passphrase from the terminal or standard input.""",
+        """koitab run Nightly
+        koitab run "Say hi" To=Ann Times=2
+        koitab run --on web1 "Restart web"
+        """, "arguments"),
     "next": Command(
         command_next, JOBS, "print the next starts", ("[NAME]",),
         ("user", "number", "start", "tab", "utc", "json"),
-        "Without NAME, the starts of all jobs. TIME is 2026-03-29T01:30, with "
-        "an offset or Z, or else in local time. The variable TZ sets the time "
-        "zone of --tab. Without --tab, a pause and the last run are shown.",
-        examples="koitab next\nkoitab next Nightly -n 10 --utc\n"
-        "koitab next --tab tab --from 2026-10-24",
-        topic="tab"),
+        """The schedule is printed in words, and each start with the time until
+        then. Without NAME, the starts of all jobs. TIME is 2026-03-29T01:30,
+        with an offset or Z, or else in local time. The variable TZ sets the
+        time zone of --tab. Without --tab, a pause and the last run are shown.
+        """, """koitab next
+        koitab next Nightly -n 10 --utc
+        koitab next --tab tab --from 2026-10-24""", "tab"),
     "history": Command(
         command_history, JOBS, "list past runs", ("[NAME]",),
-        ("user", "number", "json"), "When each run started, by what, how long "
-        "it took and how it ended; the newest is the last.",
-        examples="koitab history\nkoitab history Nightly -n 100",
-        topic="status"),
+        ("user", "number", "json"), """Each row shows when the run started, by
+        what, how long it took and how it ended; the newest is the last.""",
+        """koitab history
+        koitab history Nightly -n 100""", "status"),
     "log": Command(
         command_log, JOBS, "print the output of a run", ("RUN|NAME",),
-        ("user", "follow", "json"), "NAME is a job's name; its newest run is "
-        "meant. RUN is a number that koitab history shows. With -f, the "
-        "output is printed as it comes until the run has ended; the exit "
-        "status is then 0, however the run ended. Ctrl-C ends koitab and not "
-        "the run.",
-        examples="koitab log Nightly\nkoitab log 17 -f",
-        topic="status"),
-    "kill": Command(command_kill, JOBS, "end a run", ("RUN|NAME",),
-                    ("user",), "SIGTERM, and SIGKILL ten seconds later. A run "
-                    "that is queued is skipped. RUN is a number that koitab "
-                    "status shows; NAME is a job's name, its newest run that "
-                    "has not ended is meant.",
-        examples="koitab kill Nightly\nkoitab kill 17"),
+        ("user", "follow", "json"), """NAME is a job's name; its newest run is
+        meant. RUN is a number that koitab history shows. With -f, the output
+        is printed as it comes until the run has ended; the exit status is then
+        0, however the run ended. Ctrl-C ends koitab and not the run.""",
+        """koitab log Nightly
+        koitab log 17 -f""", "status"),
+    "kill": Command(
+        command_kill, JOBS, "end a run", ("RUN|NAME",), ("user",),
+        """The job gets SIGTERM, and SIGKILL ten seconds later. A run that is
+        queued is skipped. RUN is a number that koitab status shows; NAME is a
+        job's name, its newest run that has not ended is meant.""",
+        """koitab kill Nightly
+        koitab kill 17"""),
     "pause": Command(
         command_pause, JOBS, "let a job start by hand alone", ("NAME",),
-        ("user", "until"), "A paused job makes no start by schedule, @after, "
-        "retry, catch-up or @reboot, but koitab run and the dashboard still "
-        "start it. Its active runs continue.",
-        examples="koitab pause Nightly\nkoitab pause Nightly --until 12h\n"
-        "koitab pause Nightly --until 2026-12-24T08:00"),
+        ("user", "until"), """A paused job makes no start by schedule, @after,
+        retry, catch-up or @reboot, but koitab run and the dashboard still
+        start it. Its active runs continue.""", """koitab pause Nightly
+        koitab pause Nightly --until 12h
+        koitab pause Nightly --until 2026-12-24T08:00"""),
     "resume": Command(
         command_resume, JOBS, "end the pause of a job", ("NAME",), ("user",),
-        "The next start that falls due is made. Starts of the time before are "
-        "not made up for.",
-        examples="koitab resume Nightly"),
+        """The next start that falls due is made. Starts of the time before are
+        not made up for.""", "koitab resume Nightly"),
     "status": Command(
-        command_status, JOBS, "show koid, problems, active runs",
-        options=("user", "json"), text="The exit status is 1 if koid does not "
-        "run, a job's last run failed, or something else is wrong.",
-        examples="koitab status\nkoitab status --json",
-        topic="status"),
+        command_status, JOBS, "show koid, problems, active runs", ("",),
+        ("user", "json"), """The exit status is 1 if koid does not run, a job's
+        last run failed, or something else is wrong.""", """koitab status
+        koitab status --json""", "status"),
     "dashboard": Command(
         command_dashboard, DASHBOARD, "serve the dashboard of all hosts",
-        options=DASHBOARD_OPTIONS + ("backup", "user"),
-        text="It stays in the foreground; koitab unit dashboard starts it at "
-        "boot. Started by root it becomes the user of -u (koi-dashboard, else "
-        "uid 61170). Beyond this machine it needs --cert and --key, a proxy "
-        "with https, or --plain-http. SIGHUP reads the certificate again.",
-        examples="koitab dashboard\n"
-        "koitab dashboard --name koi.example.com --behind-proxy 127.0.0.1\n"
-        "koitab dashboard --backup /srv/backup/dashboard.db",
-        topic="dashboard"),
+        ("",), DASHBOARD_OPTIONS + ("backup", "user"),
+        """It stays in the foreground; koitab unit dashboard starts it at boot.
+        Started by root it becomes the user of -u (koi-dashboard, else uid
+        61170). Beyond this machine it needs --cert and --key, a proxy with
+        https, or --plain-http. SIGHUP reads the certificate again.""",
+        """koitab dashboard
+        koitab dashboard --name koi.example.com --behind-proxy 127.0.0.1
+        koitab dashboard --backup /srv/backup/dashboard.db""", "dashboard"),
     "-d": Command(
         command_enrollment, DASHBOARD, "join, show or leave a dashboard",
         ("new [URL]", "join URL", "show", "rotate", "leave",
          "token new|list|revoke [NAME]"),
         ("action", "role", "ca", "plain_http"),
-        "new makes a dashboard (default: http://127.0.0.1:8077) and prints "
-        "its passphrase, once; join makes this machine a member of it, with "
-        "the passphrase from the terminal or standard input; show prints how "
-        "the connection is; rotate makes a new passphrase and new keys: the "
-        "dashboard refuses the old ones at once, and each other host must "
-        "join again, while access tokens stay valid; leave ends the "
-        "membership; token makes, lists or revokes an access token, with the "
-        "passphrase.",
-        examples="koitab -d new\nkoitab -d join https://koi.example.com:8077\n"
-        "koitab -d token new prometheus --role metrics",
-        topic="dashboard"),
+        """new makes a dashboard (default: http://127.0.0.1:8077, or one that
+        koid runs) and prints its passphrase, once; join makes this machine a
+        member of it, with the passphrase from the terminal or standard input;
+        show prints how the connection is; rotate makes a new passphrase and
+        new keys: the dashboard refuses the old ones at once, and each other
+        host must join again, while access tokens stay valid; leave ends the
+        membership; token makes, lists or revokes an access token, with the
+        passphrase.""", """koitab -d new
+        koitab -d join https://koi.example.com:8077
+        koitab -d token new prometheus --role metrics""", "dashboard"),
     "page": Command(
-        command_page, DASHBOARD, "print the page as one file",
-        ("[URL]",), text="The code of a page that was opened from disk never "
-        "comes from the server. URL is the dashboard's (default: the one of "
-        "this machine).",
-        examples="koitab page > koi.html\n"
-        "koitab page https://koi.example.com:8077 > koi.html",
-        topic="security"),
+        command_page, DASHBOARD, "print the page as one file", ("[URL]",),
+        (), """The code of a page that was opened from disk never comes from
+        the server. URL is the dashboard's (default: the one of this machine).
+        """, """koitab page > koi.html
+        koitab page https://koi.example.com:8077 > koi.html""", "security"),
     "import": Command(
-        command_import, SETUP, "print cron's tabs as a koitab",
-        options=("user",), text="The tabs of the user, and for root "
-        "/etc/crontab and /etc/cron.d as well. Nothing is installed.",
-        examples="koitab import > tab"),
+        command_import, SETUP, "print cron's tabs as a koitab", ("",),
+        ("user",), """The tabs of the user, and for root /etc/crontab and
+        /etc/cron.d as well. Nothing is installed.""",
+        "koitab import > tab"),
     "daemon": Command(
-        command_daemon, SETUP, "be koid, which starts jobs",
-        options=("system", "container") + ETCD_OPTIONS,
-        text="It stays in the foreground, and has the name koid, too. Jobs "
-        "continue when it stops. The options for etcd are for jobs with "
-        "KOI_ONE_OF, whose starts several hosts share.",
-        examples="koid &\nkoid --system\nkoid --container"),
+        command_daemon, SETUP, "be koid, which starts jobs", ("",),
+        ("system", "container") + ETCD_OPTIONS,
+        """It stays in the foreground, and has the name koid, too. Jobs
+        continue when it stops. The options for etcd are for jobs with
+        KOI_ONE_OF, whose starts several hosts share.""", """koid &
+        koid --system
+        koid --container"""),
     "unit": Command(
         command_unit, SETUP, "print a unit for systemd",
-        ("daemon", "dashboard"), ("system",) + ETCD_OPTIONS
-        + DASHBOARD_OPTIONS,
-        "With these options the unit starts koid or the dashboard: --system "
-        "and those for etcd are for daemon, the others for dashboard. On "
-        "macOS it is a property list for launchd.",
-        examples="koitab unit daemon > /etc/systemd/system/koid.service\n"
-        "koitab unit dashboard --listen 127.0.0.1:877",
-        topic="dashboard"),
+        ("daemon", "dashboard"),
+        ("system",) + ETCD_OPTIONS + DASHBOARD_OPTIONS,
+        """With these options the unit starts koid or the dashboard: --system
+        and those for etcd are for daemon, the others for dashboard. On macOS
+        it is a property list for launchd.""",
+        """koitab unit daemon > /etc/systemd/system/koid.service
+        koitab unit dashboard --listen 127.0.0.1:877""", "dashboard"),
     "completion": Command(
         command_completion, SETUP, "print completion for a shell",
         ("bash|zsh|fish|names",), ("user",),
-        "The first line of the script says where to put it. names prints the "
-        "names of the jobs, one a line: the scripts complete with them.",
-        examples="koitab completion bash > /etc/bash_completion.d/koitab\n"
-        "koitab completion fish > /etc/fish/completions/koitab.fish"),
+        """The first line of the script says where to put it. names prints the
+        names of the jobs, one a line: the scripts complete with them.""",
+        """koitab completion bash > /etc/bash_completion.d/koitab
+        koitab completion fish > /etc/fish/completions/koitab.fish"""),
     "help": Command(
-        command_topic, SETUP, "explain a topic or a command", ("[TOPIC]",),
-        text="Without TOPIC it lists the topics. TOPIC may also be a command. "
-        "On a terminal the text goes through $PAGER.",
-        examples="koitab help tab\nkoitab help run"),
+        command_topic, SETUP, "explain a topic or a command", ("[TOPIC]",), (),
+        """Without TOPIC it lists the topics. TOPIC may also be a command. On a
+        terminal the text goes through $PAGER.""", """koitab help tab
+        koitab help run"""),
     "man": Command(
-        command_man, SETUP, "print a manual page in roff", ("[TOPIC]",),
-        text="Without TOPIC it is the page koitab(1).",
-        examples="koitab man > /usr/local/share/man/man1/koitab.1\n"
-        "koitab man tab | man -l -"),
+        command_man, SETUP, "print a manual page in roff", ("[TOPIC]",), (),
+        "Without TOPIC it is the page koitab(1).",
+        """koitab man > /usr/local/share/man/man1/koitab.1
+        koitab man tab | man -l -"""),
     "source": Command(
         command_source, SETUP, "print what this program runs",
-        ("[SECTION|daemon|dashboard]",), text="Without an argument, the "
-        "sections of this file: the question that each answers, its lines, "
-        "and who it runs as (R the user of koid, J the user of a job, U a "
-        "user without rights, C the caller). daemon is what koid runs after "
-        "its start, dashboard what the dashboard runs.",
-        examples="koitab source\nkoitab source Plan\nkoitab source daemon",
-        topic="security"),
+        ("[SECTION|daemon|dashboard]",), (),
+        """Without an argument, the sections of this file: the question that
+        each answers, its lines, and who it runs as (R the user of koid, J the
+        user of a job, U a user without rights, C the caller). daemon is what
+        koid runs after its start, dashboard what the dashboard runs.""",
+        """koitab source
+        koitab source Plan
+        koitab source daemon""", "security"),
 }
 # Options that stand for a command. crontab(1) permits one of them at a time.
 OPERATION_KEYS = ("edit", "list", "remove", "test", "action")
@@ -29723,23 +29727,25 @@ def command_help(name: str) -> str:
                       for key in (*command.options, "help")
                       if OPTIONS[key].names[0] != name)
     return (f"{own}: {command.help}\n\nUsage: {usage}\n\n"
-            f"{textwrap.fill(command.text, 79)}\n\nOptions:\n{options}\n"
-            f"Examples:\n{textwrap.indent(command.examples, '  ')}\n\n"
+            f"{textwrap.fill(' '.join(command.text.split()), 79)}\n\n"
+            f"Options:\n{options}\nExamples:\n"
+            + "\n".join(command.example_lines) + "\n\n"
             f"See also: {PROG} help {command.topic}\n")
 
 
 def manual_text() -> str:
     """Return the text of koitab(1), in the form of a topic."""
     import textwrap
-    lines = dict.fromkeys("\n".join(
-        command.examples for command in COMMANDS.values()).split("\n"))
+    lines = dict.fromkeys(line for command in COMMANDS.values()
+                          for line in command.example_lines)
     return MANUAL.format(
-        commands="\n".join(term_row(usage_line(name), command.text)
+        commands="\n".join(term_row(usage_line(
+            name), f"{command.help}. {' '.join(command.text.split())}")
                            for name, command in COMMANDS.items()),
         options="\n".join(term_row(option.spelling, option.help + ".")
                           for option in OPTIONS.values()),
         statuses=STATUS_MEANINGS.rstrip("\n"),
-        examples=textwrap.indent("\n".join(lines), "    "),
+        examples=textwrap.indent("\n".join(lines), "  "),
         pages=textwrap.fill(", ".join(f"`{PROG}-{name}`(7)"
                                       for name in TOPICS), 79))
 
