@@ -14179,6 +14179,7 @@ create index requests_by_time on requests (at);
 # ==========================================================================
 
 RECORDS_AT_ONCE, MOST_OUTPUTS = 1_000, 200
+MOST_EPOCHS = 100               # of one host, of which `acked` is kept
 
 
 def read_record(request: RequestFields) -> dict:
@@ -14369,6 +14370,9 @@ create table epochs (host integer not null, epoch integer not null,
             self.rules.apply_record(db, status, record, now)
         highest = max([acked, *(record["change"] for record in read)])
         if highest > acked:
+            if db.value("select count(*) from epochs where host = ?",
+                        status.number) >= MOST_EPOCHS:
+                db.delete("epochs", host=status.number)
             db.insert("epochs", "insert or replace", host=status.number,
                       epoch=epoch, acked=highest)
         return highest
@@ -14522,7 +14526,7 @@ class Search:
             quoted += "*"
         waiting = db.column(
             "select run from unindexed where run < ?1 and "
-            f"{of_job.format('run')} order by run desc limit 100", last, job)
+            f"{of_job.format('run')} order by run desc", last, job)
         rows = db.execute(
             "select rowid from found where found match ?3 and rowid < ?1 and "
             f"{of_job.format('found.rowid')} order by rowid desc", last, job,
@@ -16034,7 +16038,8 @@ MOST_CONNECTIONS, MOST_OF_ADDRESS, MOST_UNPROVEN = 4096, 512, 64
 # gigabyte for 2,000 hosts. Two TLS records are enough.
 TLS_BUFFER = 2**15
 UNIX_PEER = "local"     # the address of who comes by the Unix socket
-LINES_TIME, LINES_IN_TIME = 10.0, 20    # of the log, about refusals
+# Lines of the log about refusals: in so many seconds, and of one client.
+LINES_TIME, LINES_IN_TIME, LINES_OF_ONE = 10.0, 40, 20
 # Flags of OpenSSL (X509_VERIFY_PARAM_set_flags(3)) that `ssl` does not name,
 # or only from 3.10 on.
 PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000
@@ -16765,27 +16770,33 @@ class HttpConnection:
 
 class RefusalLog:
     """The log's lines about refusals and bugs: LINES_IN_TIME of them in
-    LINES_TIME seconds, so that a hostile client does not fill the disk."""
+    LINES_TIME seconds, so that a hostile client does not fill the disk. One
+    client, by the first word of its lines, has LINES_OF_ONE."""
 
     def __init__(self, log):
         self.log = log                  # a function of a line
         self.call_later = lambda *call: None    # that of the event loop
-        self.count, self.until = 0, 0.0     # lines of the present period
+        self.counts = Counter()         # lines of the present period
+        self.left_out, self.until = 0, 0.0
 
     def add(self, text: str) -> None:
         """Log a line, or count it."""
         self.end_period()
-        self.count += 1
-        if self.count <= LINES_IN_TIME:
-            self.log(text)
-        elif self.count == LINES_IN_TIME + 1:
+        whose = text.partition(" ")[0]
+        if self.counts[whose] < LINES_OF_ONE \
+                and sum(self.counts.values()) < LINES_IN_TIME:
+            self.counts[whose] += 1
+            return self.log(text)
+        self.left_out += 1
+        if self.left_out == 1:
             self.call_later(LINES_TIME, self.end_period)
 
     def end_period(self) -> None:
         """When the period is over, log how many lines were left out."""
         now = time.monotonic()
         if now >= self.until:
-            left_out, self.count = self.count - LINES_IN_TIME, 0
+            left_out, self.left_out = self.left_out, 0
+            self.counts.clear()
             self.until = now + LINES_TIME
             if left_out > 0:
                 self.log(f"{plural(left_out, 'line')} about refusals left out")
@@ -17119,6 +17130,7 @@ INLINE_BODY = 2**15     # bytes; longer JSON is not parsed in the event loop
 MOST_READS, MOST_READERS = 256, 4       # waiting questions; threads
 # Requests at once of one host, which needs two, and of another token.
 MOST_OF_HOST, MOST_OF_CLIENT = 4, MOST_READS // 2
+READERS_OF_CLIENT = MOST_READERS // 2
 MOST_CHANGES, MOST_CHANGE_BYTES = 1000, 2**22   # that a stream remembers
 FEED_TIME = 60.0        # seconds in which a browser comes back to a stream
 HEARTBEAT = 15.0        # seconds between two lines of a stream
@@ -17295,7 +17307,7 @@ class RequestContext:
         self.principal = None                   # whose token it shows
         self.cors: tuple = ()                   # headers of the response
         self.counted = False                    # see AccessRules.count
-        self.client: tuple = ()                 # see AccessRules.enter
+        self.client, self.share = (), None      # see AccessRules.enter
 
     @property
     def log_name(self) -> str:
@@ -17304,6 +17316,15 @@ class RequestContext:
         path = self.route.path if self.route else \
             "/" + self.request.path.split("/")[1][:12]
         return f"{self.address} {self.request.method} {path}"
+
+
+class ClientShare:
+    """What the requests of one client have at once, by its token or, without
+    one, by its network: `requests`, and readers."""
+
+    def __init__(self):
+        import asyncio
+        self.requests, self.readers = 0, asyncio.Semaphore(READERS_OF_CLIENT)
 
 
 class AccessRules:
@@ -17317,7 +17338,7 @@ class AccessRules:
         self.names, self.literals = frozenset(names), False
         self.principal_of = principal_of
         self.throttle, self.clients = LoginThrottle(), ConnectionLimits()
-        self.active: Counter = Counter()        # see `enter`
+        self.shares: dict[tuple, ClientShare] = {}      # see `enter`
 
     def check_host(self, host: str) -> None:
         """Refuse a host name that is not ours. Raises Error."""
@@ -17388,19 +17409,20 @@ class AccessRules:
         most = MOST_OF_HOST if client[0] == "host" else MOST_OF_CLIENT
         if context.route.handler is receive_ping:
             return
-        if self.active[client] >= most:
+        share = self.shares.setdefault(client, ClientShare())
+        if share.requests >= most:
             raise Error("too many requests at once", "try again", 503)
-        self.active[client] += 1
-        context.client = client
+        share.requests += 1
+        context.client, context.share = client, share
 
     def uncount(self, context: RequestContext) -> None:
         """The request was answered."""
         if context.counted:
             self.clients.remove(context.network, bool(context.principal))
-        if context.client:
-            self.active[context.client] -= 1
-            if not self.active[context.client]:
-                del self.active[context.client]
+        if context.share:
+            context.share.requests -= 1
+            if not context.share.requests:
+                del self.shares[context.client]
 
     def refuse_key(self, context: RequestContext, now: float,
                    error: Error) -> None:
@@ -17519,6 +17541,7 @@ class Api:
     here runs in the event loop, except what `in_reader` is given."""
 
     def __init__(self, dashboard: Dashboard, page: str, names=()):
+        from contextvars import ContextVar
         self.dashboard = dashboard
         self.page, self.page_policy = page.encode(), page_policy_of(page)
         self.packed_page = gzip_parts([(self.page, 9)])
@@ -17532,6 +17555,8 @@ class Api:
         self.followers: dict[tuple, dict] = {}  # the same, of streams
         self.changes = ChangeStream()
         self.reads = 0                          # waiting for a reader
+        # The ClientShare of the request that the running task answers.
+        self.share = ContextVar("share", default=None)
         self.server = self.loop = self.readers = None
 
     def open(self, server: HttpServer) -> None:
@@ -17589,6 +17614,7 @@ class Api:
         context = RequestContext(request, connection)
         try:
             response = self.check(context)
+            self.share.set(context.share)
             if not response and request.length \
                     and context.route.handler is receive_ping:
                 response = await self.check_ping(context)
@@ -17705,15 +17731,21 @@ class Api:
             raise Error("too many requests at once", "try again", 503)
         self.reads += 1
         try:
-            try:
-                future = self.loop.run_in_executor(self.readers, function,
-                                                   *values)
-            except RuntimeError:
-                raise Error("this host cannot start another thread", "", 503
-                            ) from None
-            return await future
+            share = self.share.get()
+            if not share:
+                return await self.start_reader(function, *values)
+            async with share.readers:
+                return await self.start_reader(function, *values)
         finally:
             self.reads -= 1
+
+    def start_reader(self, function, *values):
+        """Return the future of a function's result. Raises Error (503)."""
+        try:
+            return self.loop.run_in_executor(self.readers, function, *values)
+        except RuntimeError:
+            raise Error("this host cannot start another thread", "", 503
+                        ) from None
 
     async def answer(self, question, *values,
                      encode=json_response) -> Response:
@@ -23910,7 +23942,15 @@ function alertList() {
     return empty("No active alerts", mutedLine("Failed, late, missed and "
       + "unusually slow jobs appear here."));
   }
-  return el("ul", { class: "alerts" }, alerts.map(alertItem));
+  // Each host's newest come before the rest: none hides those of others.
+  const counts = {}, isEarly = (alert) => {
+    const key = aboutAlert(alert).host?.id || "";
+    counts[key] = (counts[key] || 0) + 1;
+    return counts[key] <= 10;
+  };
+  const early = new Set(alerts.filter(isEarly));
+  return el("ul", { class: "alerts" }, [...early, ...alerts.filter(
+    (alert) => !early.has(alert))].map(alertItem));
 }
 
 // Returns an alert with the last line of the output, and what one would do.

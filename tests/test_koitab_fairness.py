@@ -251,6 +251,31 @@ def test_runs_of_one_host_hide_no_run_of_another_in_a_day(dashboard, web1,
     assert len(bars) == 2 and min(map(len, bars.values())) == 1
 
 
+def test_search_finds_what_waits_for_the_index_behind_a_flood(dashboard, web1,
+                                                             web2):
+    def write(access, text: str) -> None:
+        data = frames(text)
+        record = dashboard.record(size=len(data))
+        dashboard.runs(access, record)
+        dashboard.sync(access, outputs=[piece(record["run"], 0, data)])
+
+    dashboard.pass_time(0)                  # chores are due later
+    write(web2, "needle\n")
+    for _ in range(110):
+        write(web1, "hay\n")
+    assert dashboard.rows("select count(*) from unindexed") == [(111,)]
+    found = dashboard.ask(dashboard.dashboard.search.find, "needle")
+    assert len(found["matches"]) == 1
+
+
+def test_epochs_of_a_host_are_bounded(dashboard, web1):
+    for epoch in range(1, 250):
+        dashboard.runs(web1, dashboard.record(), epoch=epoch)
+    count, = dashboard.rows("select count(*) from epochs")[0]
+    assert 1 <= count <= koitab.MOST_EPOCHS
+    assert dashboard.sync(web1, epoch=249)["acked"] == dashboard.change
+
+
 def test_search_goes_on_after_outputs_that_took_all_the_time(
         dashboard, web1, web2, monkeypatch):
     def write(access, text: str) -> None:
