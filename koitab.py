@@ -19315,7 +19315,8 @@ const TRIGGERS = {
 
 const WORDS = {
   viewer: "This token is read-only: it cannot run or change anything.",
-  otherKeys: "This host has old keys: type koitab -d join there.",
+  otherKeys: "This host\u2019s list of jobs is not signed with your keys: " +
+    "type koitab -d join there.",
   noList: "This host has not sent its signed list of jobs yet.",
   plainHttp: "This page came over plain http: anyone on the network can " +
     "change it and take the passphrase. Use TLS, an ssh tunnel, or the page " +

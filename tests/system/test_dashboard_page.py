@@ -77,7 +77,7 @@ def test_login_refuses_too_few_key_derivation_rounds(browser, stand_in):
         browser.type("#secret", PASSWORD)
         browser.keys("Enter")
         browser.wait("document.querySelector('#why').textContent"
-                     ".includes('would be weak')")
+                     ".includes('requested weak keys')")
     finally:
         stand_in.rounds = 600_000
 
@@ -307,7 +307,7 @@ def test_host_that_is_down_comes_first_and_explains_its_jobs(page, stand_in):
                 if host["state"] == "down")
     row = page.text(".attention .row")
     assert host["name"] in row and "down" in row
-    assert "Not heard of for 15 min. Its jobs may be running or not." in row
+    assert "Last seen 15 min ago. The state of its jobs is unknown." in row
     page.js("document.querySelector('[data-state=unknown]').click()")
     assert page.js("return document.querySelectorAll('.attention .row:not("
                    "[hidden])').length") == 0
@@ -1240,7 +1240,7 @@ def test_host_with_other_keys_gets_no_form(page, stand_in):
     job = next(job for job in stand_in.world.jobs.values() if job["manual"]
                and stand_in.world.hosts[job["host"]]["name"] == "mail")
     page.visit(f"job/{job['id']}/run", ".note.bad")
-    assert "other keys" in page.text(".note.bad")
+    assert "not signed with your keys" in page.text(".note.bad")
     assert page.js("return document.querySelector('.runform')") is None
 
 
@@ -1253,7 +1253,7 @@ def test_altered_job_list_is_refused(page, stand_in, monkeypatch):
         return {**signed, "body": signed["body"].replace("Say Hi", "Delete")}
     monkeypatch.setattr(stand_in.world, "list_of", forged)
     page.visit(f"job/{stand_in.world.every_type}/run", ".note.bad")
-    assert "other keys" in page.text(".note.bad")
+    assert "not signed with your keys" in page.text(".note.bad")
 
 
 def test_form_shows_the_label_that_the_host_signed(page, stand_in):

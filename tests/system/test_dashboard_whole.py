@@ -104,7 +104,7 @@ def test_job_added_to_the_tab_is_shown_with_its_next_start(web1_host, browser):
     assert browser.js(f"return {job_row('Later')}.querySelector('.c-words')"
                       ".innerText") == "At 04:05"
     web1_host.install(tab)
-    browser.wait(f"{job_row('Later')}?.innerText.includes('in no tab')")
+    browser.wait(f"{job_row('Later')}?.innerText.includes('removed')")
 
 
 def test_run_of_a_boot_job_is_shown(browser):
@@ -590,7 +590,8 @@ def test_rotate_invalidates_the_old_passphrase_and_other_hosts_rejoin(
     browser.keys("Enter")
     browser.wait(job_row("Quick"))
     browser.visit("hosts")
-    other = "This host has old keys: type koitab -d join there."
+    other = ("This host\u2019s list of jobs is not signed with your keys: "
+             "type koitab -d join there.")
     browser.shows(other)
     assert browser.js(
         "return [...document.querySelectorAll('.list tbody tr')].filter("
@@ -865,7 +866,7 @@ def test_dashboard_cannot_extend_the_expiry_of_a_request(firm):
               time.time() + 600, body["host"])
     verdict = firm.operator.verdict(body["nonce"])
     assert verdict["state"] == "refused"
-    assert "it has expired" in verdict["reason"]
+    assert "the request expired" in verdict["reason"]
     assert firm.ran(body["nonce"]) == 0
 
 
