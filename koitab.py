@@ -46,7 +46,7 @@ without rights, C the caller.
  215 Client        how is one HTTP request bounded?             (network) U C
  590 Agent         what does the dashboard lack?                (network) U C
  333 Claims        which host of a group makes a start?       (network) U
- 155 Fields        what may a request contain?                  (nothing) U
+ 155 Fields        what may a request contain?                     (clock) U C
  149 Outcome       how did a run go, and was that usual?        (nothing) U
  270 Credentials   who may do what, and who did it?               (files) U
  569 Alerts        what is wrong now, and who is notified?        (files) U
@@ -10139,6 +10139,8 @@ RESULTS_AT_ONCE = 200       # in one payload; a dashboard takes 1,000
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
 LARGEST_CHANGE = 2**62      # what SQLite can count
 SYNC_PATH = "/api/v1/sync"
+# Accepted by koi's own programs: JSON with times in seconds since 1970.
+SECONDS_JSON = "application/vnd.koi+json"
 # What the agent gets for its DashboardClient, in the order of arguments.
 CLIENT_SETTINGS = ("url", "token", "ca", "directories", "plain_http")
 SYNC_VERSION = 3
@@ -10314,7 +10316,7 @@ class DashboardClient:
               seconds: float = PATIENCE) -> HttpResponse:
         """Return the answer as it is. Raises ConnectionFailed."""
         import json
-        headers = {"Accept": "application/json"}
+        headers = {"Accept": SECONDS_JSON}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
         data = None
@@ -10856,7 +10858,7 @@ def run_claims() -> None:
 
 
 # ==========================================================================
-# Fields: what may a request contain?                           (nothing; U)
+# Fields: what may a request contain?                          (clock; U C)
 #
 # Whoever sends a request to the dashboard is known, and may be broken or
 # hostile anyway. What SQLite or a browser could not take is refused here.
@@ -11008,6 +11010,50 @@ def compact_json(value) -> str:
     """Return `value` as JSON without blanks."""
     import json
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+# The fields of JSON that are times, in seconds since 1970. A bar is [start,
+# end, outcome, run], a missing start [due, run].
+TIME_FIELDS = frozenset(
+    "at created due ended expires from joined last_ok last_ping next now "
+    "paused seen since requested_at snoozed started to until used".split())
+NOT_A_TIME = "is not a time such as 2026-11-30T08:00:00+01:00"
+TIMES_OF_LISTS = {"bars": 2, "missing": 1}
+YEAR_10000 = 253_402_300_800
+
+
+def with_rfc3339(value, name: str = ""):
+    """Return a value of JSON with RFC 3339 instead of seconds in each of the
+    TIME_FIELDS. `name` is that of the field. 0 stays: it means no time."""
+    if isinstance(value, dict):
+        return {key: with_rfc3339(each, key) for key, each in value.items()}
+    if isinstance(value, list):
+        times = TIMES_OF_LISTS.get(name, 0)
+        return [[*(with_rfc3339(at, "at") for at in each[:times]),
+                 *each[times:]] if times else with_rfc3339(each)
+                for each in value]
+    if name in TIME_FIELDS and isinstance(value, (int, float)) \
+            and 0 < value < YEAR_10000:
+        text, micros = format_rfc3339(value), int(value % 1 * 1e6)
+        return f"{text[:19]}.{micros:06}{text[19:]}" if micros else text
+    return value
+
+
+def parse_rfc3339(text: str) -> float | None:
+    """Return the seconds since 1970 of a time as RFC 3339 writes it; None if
+    `text` is not one."""
+    import re
+    from datetime import datetime
+    found = re.fullmatch(
+        r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(\.\d+)?"
+        r"([Zz]|[+-]\d\d:\d\d)", text, re.A)
+    try:
+        day, time_of_day, fraction, offset = found.groups()
+        offset = "+00:00" if offset in "Zz" else offset
+        return datetime.fromisoformat(f"{day} {time_of_day}{offset}"
+                                      ).timestamp() + float(fraction or 0)
+    except (AttributeError, ValueError):
+        return None
 
 
 # ==========================================================================
@@ -13642,21 +13688,12 @@ def describe_failure(record: dict) -> str:
 def read_time(request: RequestFields, name: str) -> float:
     """Return a field that is a time, in seconds since 1970. It is given as
     such, or as text in the format of RFC 3339. Raises Error."""
-    import re
-    from datetime import datetime
     if not isinstance(request.fields.get(name), str):
         return request.number(name)
-    found = re.fullmatch(
-        r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.\d+)?"
-        r"([Zz]|[+-]\d\d:\d\d)", request.text(name), re.A)
-    try:
-        day, time_of_day, offset = found.groups()
-        offset = "+00:00" if offset in "Zz" else offset
-        return datetime.fromisoformat(
-            f"{day} {time_of_day}{offset}").timestamp()
-    except (AttributeError, ValueError):
-        raise request.wrong(name, "is not a time such as "
-                            "2026-11-30T08:00:00+01:00") from None
+    at = parse_rfc3339(request.text(name))
+    if at is None:
+        raise request.wrong(name, NOT_A_TIME)
+    return at
 
 
 class AlertRules:
@@ -16415,6 +16452,14 @@ def json_response(value, status: int = 200, headers: tuple = ()) -> Response:
         "utf-8", "backslashreplace"), JSON, headers)
 
 
+def rfc3339_lines(lines: bytes) -> bytes:
+    """Return lines of JSON with times in RFC 3339 instead of seconds."""
+    import json
+    return b"\n".join(line and compact_json(with_rfc3339(json.loads(
+        line))).encode("utf-8", "backslashreplace")
+        for line in lines.split(b"\n"))
+
+
 def error_response(error: Error, headers: tuple = ()) -> Response:
     """Return an Error as a response. One without an HTTP status is a bug."""
     status = error.status if error.status >= 400 else 500
@@ -17263,11 +17308,14 @@ def number_field(name: str, text: str) -> int:
 
 
 def time_field(name: str, text: str) -> float:
-    """Return the seconds in a query's field. Raises Error."""
+    """Return the time in a query's field, as seconds: it is RFC 3339, or
+    seconds since 1970. Raises Error."""
     import re
-    if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", text):
-        raise Error(f"{name} is not a time", "", 400)
-    return float(text)
+    at = float(text) if re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", text) \
+        else parse_rfc3339(text)
+    if at is None:
+        raise Error(f"{name} {NOT_A_TIME}", "", 400)
+    return at
 
 
 # --- who may ask ----------------------------------------------------------
@@ -17308,6 +17356,11 @@ class RequestContext:
         self.cors: tuple = ()                   # headers of the response
         self.counted = False                    # see AccessRules.count
         self.client, self.share = (), None      # see AccessRules.enter
+
+    @property
+    def wants_seconds(self) -> bool:
+        """Does the client ask for times in seconds, not in RFC 3339?"""
+        return SECONDS_JSON in self.request.headers.get("accept", "")
 
     @property
     def log_name(self) -> str:
@@ -17623,6 +17676,11 @@ class Api:
                                            context.route.body)
                 context.query = self.parse_query(context)
                 response = await context.route.handler(self, context)
+                if response.content_type == JSON \
+                        and context.route.path.startswith("/api/v1/") \
+                        and not context.wants_seconds:
+                    response.body = await self.in_reader(rfc3339_lines,
+                                                         response.body)
         except Error as error:
             self.server.refusals.add(
                 f"{context.log_name}: {error.status} {error.message}")
@@ -18011,7 +18069,7 @@ async def show_state(api: Api, context: RequestContext) -> Response:
 
     def encode(state: dict) -> Response:
         parts = state_parts(state)
-        if accepts_gzip(context.request):
+        if context.wants_seconds and accepts_gzip(context.request):
             return Response(200, gzip_parts(parts), JSON,
                             headers=GZIP_HEADERS)
         return Response(200, b"".join(text for text, _ in parts), JSON)
@@ -18035,6 +18093,8 @@ async def follow_changes(api: Api, context: RequestContext) -> Response:
                 seq = stream.newest if lines is START_OVER else max(
                     seq, stream.newest)
                 stream.until = api.loop.time() + FEED_TIME
+                if lines and not context.wants_seconds:
+                    lines = await api.in_reader(rfc3339_lines, lines)
                 await send(lines or b"\n")
                 await poll.wait(HEARTBEAT)
 
@@ -19999,7 +20059,7 @@ const isOperator = () => session.role === "operator";
 
 // Returns the response to a request of the API. Throws ApiError.
 async function fetched(path, { method = "GET", body, signal } = {}) {
-  const headers = {};
+  const headers = { Accept: "application/vnd.koi+json" };
   if (session.token) headers.Authorization = `Bearer ${session.token}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   let reply;
@@ -24615,7 +24675,8 @@ def print_json(value) -> None:
     import re
     print(re.sub(UNSAFE.replace("\n", "\x0b"),
                  lambda found: f"\\u{ord(found[0]):04x}",
-                 json.dumps(value, indent=4, ensure_ascii=False)))
+                 json.dumps(with_rfc3339(value), indent=4,
+                            ensure_ascii=False)))
 
 
 def print_field(word: str, lines: list[str]) -> None:
@@ -28362,8 +28423,10 @@ Any program can read what the page shows, with the token of a viewer:
         https://koi.example.com:8077/api/v1/state
 
 The fields that are named here stay. Others are the page's, and may change with
-it. Times are seconds since 1970. What is unknown is null. An error has the
-fields error and hint, and a status of 400 or more.
+it. Times are RFC 3339, also in a query, where + is %2B. The request header
+`Accept: application/vnd.koi+json` turns them into seconds since 1970, which
+the page uses. What is unknown is null. An error has the fields error and hint,
+and a status of 400 or more.
 
   state
       seq, now, version, hosts, jobs, checks, alerts, problems. Everything at

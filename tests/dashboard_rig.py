@@ -422,12 +422,17 @@ class HttpClient:
         return self.reply(method)
 
 
+# What the page accepts: JSON with times in seconds since 1970.
+SECONDS = "application/vnd.koi+json"
+
+
 def encode_request(port: int, method: str, path: str, body=None,
                    token: str = "", **headers) -> bytes:
     """A request as bytes; a body that is not bytes becomes JSON."""
     headers = {name.replace("_", "-"): value
                for name, value in headers.items()}
     headers.setdefault("Host", f"127.0.0.1:{port}")
+    headers.setdefault("Accept", SECONDS)
     if token:
         headers["Authorization"] = f"Bearer {token}"
     if body is not None and not isinstance(body, bytes):

@@ -861,7 +861,28 @@ def test_log_as_json_has_the_run_and_its_output(type_in, koid):
         {"stream": "stdout", "ms": 0, "text": "a\n"},
         {"stream": "stderr", "ms": 1, "text": "\\xff"},
         {"stream": "note", "ms": 2, "text": "note"}]
-    assert found == a_run()
+    assert found == {**a_run(), "due": WRITTEN, "started": WRITTEN,
+                     "ended": WRITTEN.replace("40+", "41+")}
+
+
+WRITTEN = "2001-09-09T01:46:40+00:00"       # of 1e9, in RFC 3339
+
+
+@pytest.mark.parametrize("seconds, written", [
+    (1e9, WRITTEN), (1e9 + 0.25, "2001-09-09T01:46:40.250000+00:00"),
+    (None, None)])
+def test_times_in_json_are_rfc_3339(type_in, koid, seconds, written):
+    koid.text, run = "@daily backup\n", a_run(started=seconds, exit=1)
+    koid.runs, koid.last = [run], {"backup": run}
+    koid.state.update(started=seconds, running=[run], next=seconds)
+    history, = json.loads(type_in("history", "--json").out)
+    status = json.loads(type_in("status", "--json").out)
+    log = json.loads(type_in("log", "1", "--json").out)
+    for found in (history, log, status, status["running"][0],
+                  status["failed"][0]["last"]):
+        assert found["started"] == written
+    assert status["next"] == written
+    assert history["run"] == 1 and history["exit"] == 1
 
 
 @pytest.mark.parametrize("parts, shown", [

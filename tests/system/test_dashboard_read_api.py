@@ -8,8 +8,9 @@ import re
 import pytest
 
 import support
-from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, VIEWER_TOKEN,
-                           encode_request, frames, piece, spec, sync_payload)
+from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, SECONDS,
+                           VIEWER_TOKEN, encode_request, frames, piece, spec,
+                           sync_payload)
 
 NOW = 1_800_000_000.0
 CHAPTER = support.load("koitab").topic_text("api").partition(
@@ -63,8 +64,9 @@ def house(server):
     return server
 
 
-def get(house, path: str):
-    reply = house.ask("GET", f"/api/v1/{path}", token=VIEWER_TOKEN)
+def get(house, path: str, **headers):
+    reply = house.ask("GET", f"/api/v1/{path}", token=VIEWER_TOKEN,
+                      **{"Accept": None, **headers})
     assert reply.status == 200, reply
     return reply
 
@@ -117,13 +119,67 @@ def test_object_has_its_documented_fields(house):
     assert [bar[2:] for bar in day["bars"]] == [["o", 1], ["f", 2]]
 
 
+def numbers_like_times(value, path: str = "") -> list[str]:
+    """The paths of numbers that can only be seconds since 1970, without
+    those in the page's own fields."""
+    inner = value.items() if isinstance(value, dict) else enumerate(
+        value if isinstance(value, list) else ())
+    here = [path] if isinstance(value, (int, float)) and value > 1e9 else []
+    return here + [found for name, each in inner for found in
+                   numbers_like_times(each, f"{path}.{name}")
+                   if name not in ("seq", "recent_runs", "new_runs")]
+
+
+@pytest.mark.parametrize("documented", [
+    name for name in ANSWERS
+    if not name.startswith("stream") and "raw" not in name
+    and "/output" not in name and "/body" not in name])
+def test_times_in_answers_are_rfc_3339(house, documented):
+    path = path_of(house, documented)
+    found = get(house, path).json
+    assert numbers_like_times(found) == []
+    seconds = get(house, path, Accept=SECONDS).json
+    assert numbers_like_times(seconds) or not re.search(
+        r"\d{4}-\d\d-\d\dT", json.dumps(found))
+
+
+def test_time_of_a_run_has_its_fraction_and_offset(house):
+    run = get(house, "runs/2").json["run"]
+    assert re.fullmatch(r"2027-01-15T\d\d:\d\d:02[+-]\d\d:\d\d",
+                        run["started"])
+    now = get(house, "state").json["now"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?"
+                        r"[+-]\d\d:\d\d", now)
+
+
+@pytest.mark.parametrize("day", [
+    f"from={NOW}&to={NOW + 60}",
+    "from=2027-01-15T08:00:00Z&to=2027-01-15T09:01:00%2B01:00",
+    "from=2027-01-15T08:00:00.000Z&to=2027-01-15T08:01:00Z"])
+def test_time_in_a_query_is_rfc_3339_or_seconds(house, day):
+    rows = get(house, f"day?{day}").json["rows"]
+    assert [bar[3] for bar in rows[0]["bars"]] == [1, 2]
+    house.ask("POST", "/api/v1/snooze", {"subject": f"host:{HOST}",
+                                         "until": 0}, OPERATOR_TOKEN)
+    newest = get(house, "audit").json["rows"][0]["at"]
+    before = get(house, "audit?before=" + newest.replace("+", "%2B")).json
+    assert newest not in [row["at"] for row in before["rows"]]
+
+
+def test_invalid_time_in_a_query_is_refused(house):
+    reply = house.ask("GET", "/api/v1/day?from=yesterday&to=1",
+                      token=VIEWER_TOKEN)
+    assert reply.status == 400 and reply.json["error"] == \
+        "from is not a time such as 2026-11-30T08:00:00+01:00"
+
+
 def test_stream_has_its_documented_fields(house):
     fields = ANSWERS["stream?since=SEQ"]
     since, seen = get(house, "state").json["seq"], {}
     with house.client() as client:
         client.send(encode_request(
             house.port, "GET", f"/api/v1/stream?since={since}",
-            token=VIEWER_TOKEN))
+            token=VIEWER_TOKEN, Accept=None))
         client.head()
         house.ask("POST", "/api/v1/sync", sync_payload(
             records=[record(3)]), HOST_TOKEN)
@@ -133,7 +189,9 @@ def test_stream_has_its_documented_fields(house):
         house.register_host("d4" * 16, "e5" * 32)
         house.ask("POST", f"/ping/{house.check}/1")
         while set(fields) - set(seen):
-            seen.update(json.loads(client.line()))
+            change = json.loads(client.line())
+            assert numbers_like_times(change) == []
+            seen.update(change)
     assert "deleted" in fields and len(fields) == 7
 
 
