@@ -2127,7 +2127,7 @@ class TabReader:
     from there. `name` is that of the present entry. `settings` and
     `environment` are what the lines above assigned, `about` is the comment
     directly above. `lines_of` has the line
-    of the identity of each job that must have one of its own.
+    of the identity of each job whose identity must be unique.
     """
 
     def __init__(self, text: str, system: bool, root: bool, salt: str,
@@ -3942,7 +3942,7 @@ class Machine:
 
     def keep_boot(self, home: str) -> None:
         """Write the `boot_id` into koid's lock file, which outlives a history
-        that somebody removes."""
+        that another program removes."""
         try:
             with open(f"{home}/lock", "w", encoding="ascii") as file:
                 file.write(self.boot_id() or UNKNOWN_BOOT)
@@ -4310,7 +4310,7 @@ def failure_of(error: Exception) -> str:
     "full": no room. "disk": it cannot be written now, be it a quota or a
     disk that fails. "busy": another process has it. "damaged": it is not the
     database that it was. "missing": a table or a column is. "statement":
-    anything else, a bug of ours.
+    anything else, a bug in koi.
     """
     text = str(error)
     for kind, words in (
@@ -4463,7 +4463,7 @@ class Database:
         return aside
 
     def copy_to(self, path: str) -> None:
-        """Copy the database as it is now to a file; writing goes on.
+        """Copy the database as it is now to a file; writing continues.
         Raises Error."""
         import sqlite3
         fresh = path + ".new"
@@ -5302,7 +5302,7 @@ def end_group(pid: int, number: int) -> None:
 
 def start_session(words: list[bytes], environment: dict,
                   streams: tuple) -> int:
-    """Start a program in a session of its own, with three descriptors, and
+    """Start a program in a new session, with three descriptors, and
     signals at their defaults. Return its PID. Raises OSError."""
     try:
         return os.posix_spawn(
@@ -5639,7 +5639,7 @@ class Supervisor:
                              and not run.finished else select.POLLIN)
 
     def disconnect(self) -> None:
-        """Close the connection to `koitab run`; the job goes on."""
+        """Close the connection to `koitab run`; the job continues."""
         run = self.run
         connection, run.connection = run.connection, None
         run.backlog.clear()
@@ -5796,7 +5796,7 @@ class TabRegistry:
 
     def load(self) -> bool:
         """Read what has changed; return False if nothing has. A tab that
-        cannot be read any more goes on as it was."""
+        cannot be read any more stays as it was."""
         try:
             files = {file.path: file for file in self.machine.tab_files(
                 self.home, self.system, self.files)}
@@ -7131,7 +7131,7 @@ class Scheduler:
 
     def charge(self, user: str, size: int) -> list[tuple]:
         """Return the statements that keep a user's history within its share;
-        that of the user who runs koid has no limit."""
+        that of the user that runs koid has no limit."""
         return [] if user == self.koid_user else self.store.charge(user, size)
 
     def refuse(self, queued: QueuedRun) -> bool:
@@ -7359,7 +7359,7 @@ class Scheduler:
                     "ends", f"the end of a run cannot be read: {error}")
                 self.unrecorded_ends.append((running, status))
                 self.check_at = min(self.check_at, self.clock.ticks() + 1)
-            except Exception as bug:    # of ours, with this run alone
+            except Exception as bug:    # a bug, with this run alone
                 self.log.set_problem("bug", f"run {running.run}: {bug!r}")
                 statements.append(self.store.update(
                     running.run, state="interrupted",
@@ -7503,7 +7503,7 @@ class Scheduler:
     # --- after a restart
 
     def adopt_runs(self) -> None:
-        """Take over what the koid before us left: runs that are running,
+        """Adopt what the previous koid left: runs that are running,
         that ended since then, and that it had no time to begin."""
         files = {int(name) for name in os.listdir(self.runs)
                  if name.isascii() and name.isdigit()}
@@ -7567,7 +7567,7 @@ class Scheduler:
                                  reason=reason)
 
     def adopt_run(self, row: dict, queued: QueuedRun | None) -> None:
-        """Take over a run that has a file."""
+        """Adopt a run that has a file."""
         running = RunningRun(row["run"], (row["user"], row["identity"]),
                              queued)
         running.by_hand = row["trigger"] == "manual" \
@@ -7578,7 +7578,7 @@ class Scheduler:
             self.end(row["run"])
 
     def adopt_orphans(self, runs: list[int]) -> None:
-        """Take over runs that have a file and no record: the disk was full,
+        """Adopt runs that have a file and no record: the disk was full,
         or the history was lost. They are shown as runs of a removed job."""
         key = self.koid_user, "lost"
         for run in runs:
@@ -8023,7 +8023,8 @@ class ControlServer:
     A connection carries one request and its reply. `koitab run` keeps its
     connection: the run's number is the reply, and the run's supervisor sends
     the output over it, as frames. Each user may hold MOST_OF_ONE connections
-    and MOST_BYTES_OF_ONE bytes of requests and replies; who runs koid, more.
+    and MOST_BYTES_OF_ONE bytes of requests and replies. The user that runs
+    koid has more.
     In a turn of the loop each user has one request carried out.
     """
 
@@ -8132,7 +8133,7 @@ class ControlServer:
             reply, rest = self.control.answer(connection.caller, request)
         except Error as error:
             reply = error_reply(error)
-        except Exception as bug:    # of ours; the jobs must not suffer
+        except Exception as bug:    # a bug; the jobs must not suffer
             self.log.log(f"a request failed: {bug!r}", bad=True)
             reply = error_reply(Error("koid failed on this request: "
                                       f"{type(bug).__name__}"))
@@ -8301,7 +8302,7 @@ def ask_daemon(lines: LineConnection, request: dict) -> dict:
 # ==========================================================================
 # Broker: what may a dashboard ask of koid?          (network, processes; R)
 #
-# The agent talks to the dashboard; it is a process of its own that runs as
+# The agent talks to the dashboard; it is a separate process that runs as
 # another user and has neither the host key nor a file of koid's. It may be
 # anybody's by now. So koid checks what the agent says as closely as what a
 # user says, and verifies each request to run a job by the host key.
@@ -8324,7 +8325,7 @@ LIVE_BYTES = 2**20          # of live output in a reply, in base64; and one
                             # run's more
 BYTES_OF_LIST = 2**22       # of the list of jobs
 BYTES_OF_JOB = 1024         # in it, if it has less: 500 jobs are 500 KiB
-BYTES_OF_USER = 500 * BYTES_OF_JOB      # in it; who runs koid may use all
+BYTES_OF_USER = 500 * BYTES_OF_JOB      # of one user; koid's user may use all
 RECORD_FIELDS = ("run", "change", "user", "tag", "section", "name", "label",
                  "trigger", "state", "due", "requested_at", "started", "ended",
                  "exit", "signal", "reason", "args", "attempt", "count",
@@ -8396,7 +8397,7 @@ def execute_python(program: str, fds: list[int], arguments: list[str],
         close_all_but(set(range(len(fds))))
         forbid_new_privileges()
         for name, most in limits.items():
-            # Only a uid of its own has no other processes to count.
+            # Only a separate uid has no other processes to count.
             if account or name != "RLIMIT_NPROC":
                 limit = getattr(resource, name)
                 hard = resource.getrlimit(limit)[1]
@@ -8542,7 +8543,7 @@ class AgentProcess:
         line = lines.take_line()
         if not alive or line is not None and lines.received \
                 and self.one_at_a_time:
-            # It has ended (see `ended`), or somebody took it over.
+            # It has ended (see `ended`), or another koid replaced it.
             self.poller.modify(fd, 0)
             self.kill("sent an invalid line" if alive
                       else "closed the connection")
@@ -8765,7 +8766,7 @@ class AgentBroker:
             f"{format_rfc3339(again)})"
 
     def log_once(self, about: str, text: str) -> None:
-        """Log a line, but not more often than somebody may read it."""
+        """Log a line, but not so often that it floods the log."""
         now = self.clock.ticks()
         if text and now - self.logged.get(about, -LOG_AGAIN) >= LOG_AGAIN:
             self.logged[about] = now
@@ -9112,7 +9113,7 @@ class EmbeddedDashboard(AgentProcess):
     """The process of the dashboard that koid runs, if it was asked to.
 
     The file `dashboard` of koi's state says so, and has the port. The
-    database is in a directory of its own, as koi's state is closed to the
+    database is in its own directory, as koi's state is closed to the
     dashboard's user. koid keeps the sockets open when the process ends.
 
     The process sends objects, most of which get no reply:
@@ -10038,7 +10039,7 @@ def send_request(method: str, url: str, body: bytes | None = None,
                  headers: dict | None = None, seconds: float = 15.0,
                  limit: int = 2**24, redirects: int = 0, ca_file: str = "",
                  proxy: str = "") -> HttpResponse:
-    """Return the answer to one request to `url`, on a connection of its own.
+    """Return the answer to one request to `url`, on a new connection.
 
     User and password in `url` become an Authorization header. Up to
     `redirects` redirects are followed, never from https to http; 307 and 308
@@ -10118,7 +10119,7 @@ def failure_words(error: Exception) -> str:
 # ==========================================================================
 # Agent: what does the dashboard lack?                           (network; U C)
 #
-# A process of its own that knows the dashboard and nothing else of this host:
+# A separate process that knows the dashboard and nothing else of this host:
 # not the host key, and no file. It is a fresh Python that executes this
 # section, LineProtocol, Client and Common (see agent_program). It asks koid
 # for what is to be sent, and hands it what came back. It may hang, be lied to
@@ -10552,7 +10553,7 @@ class SyncAgent:
         Raises ConnectionFailed, HttpRefused."""
         hold = HOLD if client.is_connected() else 0
         self.apply_answer(self.sync(client, hold), polled=True)
-        time.sleep(SYNC_PAUSE)  # a dashboard that lies must not keep us busy
+        time.sleep(SYNC_PAUSE)  # against a hostile dashboard
 
     # --- the thread that sends
 
@@ -10713,7 +10714,7 @@ def run_agent() -> None:
 # ==========================================================================
 # Claims: which host of a group makes a start?                   (network; U)
 #
-# A process of its own, as the agent is, that knows etcd and its password and
+# A separate process, as the agent is, that knows etcd and its password and
 # nothing else of this host. It keeps nothing: it does what koid orders in one
 # transaction, and says what etcd has then. The order of transactions in etcd
 # decides, so a late or repeated message cannot change what was decided.
@@ -10860,7 +10861,7 @@ def run_claims() -> None:
 # ==========================================================================
 # Fields: what may a request contain?                          (clock; U C)
 #
-# Whoever sends a request to the dashboard is known, and may be broken or
+# The sender of a request to the dashboard is known, and may be broken or
 # hostile anyway. What SQLite or a browser could not take is refused here.
 # ==========================================================================
 
@@ -11504,7 +11505,7 @@ create table tokens (
 # without the other. A subject is "job:ID", "host:ID" or "check:UUID".
 # When many change together, or one check again and again, a channel gets few
 # notifications: digests. Each source (a host with its jobs, all checks) has a
-# share of its own, so that nobody delays or hides the alerts of others.
+# own share, so that no host delays or hides the alerts of others.
 # ==========================================================================
 
 MOST_CHANNELS = 20
@@ -13270,7 +13271,7 @@ SHOWN_OF_RUN = ("id, job, host, n, epoch, trigger, state, due, requested_at, "
 
 
 # What each host keeps here: bytes of outputs and texts, and runs. Migration 6
-# and 7 make the same: what comes later needs a migration of its own.
+# and 7 make the same: a later change needs its own migration.
 RUN_BYTES = """
 create index runs_with_output on runs (host, id) where have > 0;
 create table usage (host integer primary key, bytes integer not null,
@@ -13310,7 +13311,7 @@ class LiveOutput:
         self.followed: dict[int, tuple] = {}    # run -> (host, n, until)
 
     def follow(self, run: int, host: str, n: int, now: float) -> bool:
-        """Note that somebody follows a run; return whether that is new."""
+        """Record that a client follows a run; return whether that is new."""
         with self.lock:
             before = self.followed.get(run)
             self.followed[run] = host, n, now + FOLLOWED_FOR
@@ -13656,7 +13657,7 @@ create table unindexed (run integer primary key);
 #
 # A job is late, slow, suspiciously fast, missed or failed, a host is down,
 # the dashboard's certificate expires soon.
-# Nothing is raised for what happened while nobody could have noticed, and of
+# No alert is raised for what happened while the dashboard was down, and of
 # a host that is down its jobs raise nothing: what they do is unknown.
 # ==========================================================================
 
@@ -13822,7 +13823,7 @@ class AlertRules:
 
     def check_certificate(self, db: Database, _key: str, now: float) -> None:
         """Raise an alert if a certificate of this dashboard expires soon:
-        its own one, or that which a host gets, maybe from a proxy. One alert
+        its own, or the one that a host gets, maybe from a proxy. One alert
         for all hosts: they have one cause."""
         if now < self.settled:
             return self.timers.schedule("certificate", "", self.settled)
@@ -14519,7 +14520,7 @@ class Search:
              before: int | None = None) -> dict:
         """Return the newest runs before a run whose output contains a text,
         each with the first line that does. After SEARCH_TIME, or 20 of
-        them, `more` is true: the search goes on before the run `before`,
+        them, `more` is true: the search continues before the run `before`,
         also where one host's outputs took all the time. Raises Error."""
         import sqlite3
         text = text.strip()[:200]
@@ -15029,7 +15030,7 @@ class Overview:
 
     def bars(self, db: Database, begin: float, end: float):
         """Yield runs in the order of time: first those that began before
-        `begin` and reach into it. Each kind has an index of its own."""
+        `begin` and reach into it. Each kind has its own index."""
         names = ("id", "job", "host", "at", "ended", "due", "state", "exit",
                  "signal", "reason")
         columns = f"select {', '.join(names)} from runs "
@@ -15100,7 +15101,7 @@ class Overview:
 # Dashboard: who writes, in which order?                          (files; U)
 #
 # One thread writes the database. What waits is written in one transaction,
-# each operation in a savepoint of its own: one fsync serves all, and an
+# each operation in its own savepoint: one fsync serves all, and an
 # operation that fails takes none with it. It is acknowledged when it is on
 # the disk; then what changed is published.
 # ==========================================================================
@@ -15350,7 +15351,7 @@ class Dashboard:
         self.lock = None
 
     def backup(self, path: str) -> None:
-        """Copy the database as it is now to a file; writing goes on. Raises
+        """Copy the database as it is now to a file; writing continues. Raises
         Error."""
         self.reader().copy_to(path)
 
@@ -15378,7 +15379,7 @@ class Dashboard:
 
     def state(self, db: Database, role: str, now: float) -> dict:
         """Return all that the page's overview shows. The number of the
-        newest change is read first: what happens meanwhile is published
+        newest change is read first: what happens until then is published
         once more."""
         seq = self.seq
         return {"seq": seq, **self.overview.state(db, role, now),
@@ -15392,7 +15393,7 @@ class Dashboard:
         return "OK"
 
     def follow(self, run: int) -> None:
-        """Note that somebody follows the output of a run; its host is asked
+        """Record that a client follows the output of a run; its host is asked
         for it if that is new. Any thread may call it. Raises Error (404)."""
         found = self.read(self.runs.active_run, run)
         if found and self.runs.live.follow(run, *found, self.clock.now()):
@@ -15642,7 +15643,7 @@ class Dashboard:
         return more
 
     def vacuum(self, pages: int) -> None:
-        """Give free pages back. A transaction of its own, and a script:
+        """Give free pages back. A separate transaction, and a script:
         `execute` would stop after the first page, which counts as a row."""
         self.db.connection.executescript(
             f"pragma incremental_vacuum({pages})")
@@ -16092,7 +16093,7 @@ SINGLE_HEADERS = frozenset(
     .split())
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
 # Sent with every response: a browser guesses no type, sends no referrer,
-# shows no page of ours in a frame and shares no window with others.
+# shows no page of koi in a frame and shares no window with others.
 SECURITY_HEADERS = (
     b"X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
     b"X-Frame-Options: DENY\r\nCross-Origin-Opener-Policy: same-origin\r\n")
@@ -16190,7 +16191,7 @@ def parse_head(head: bytes) -> Request:
 
 
 def target_error(target: str) -> str:
-    """Return why this is not a target of ours, or "". Our paths are plain,
+    """Return why this is not a valid target, or "". Our paths are plain,
     so what could be read in two ways is refused, not normalized."""
     path = target.partition("?")[0]
     if not path.startswith("/"):
@@ -17622,7 +17623,7 @@ class Api:
         self.rules.literals = not all(map(is_loopback, server.addresses))
         self.dashboard.on_broken = lambda: self.loop.call_soon_threadsafe(
             server.stop_event.set)
-        if self.broken:         # before somebody listened
+        if self.broken:         # before a client listened
             server.stop_event.set()
         self.dashboard.is_followed = self.is_followed
         self.dashboard.on_changes = self.on_changes
@@ -17767,7 +17768,7 @@ class Api:
                 "x-forwarded-proto") == "https")
 
     def url_of(self, context: RequestContext) -> str:
-        """Return the dashboard's URL, as the client calls it. A proxy of ours
+        """Return the dashboard's URL, as the client calls it. A trusted proxy
         has TLS, unless it says otherwise, and may name the path it adds."""
         headers, prefix = context.request.headers, ""
         is_https = self.server.certificate is not None
@@ -18436,7 +18437,7 @@ def demands_of(reply: dict) -> tuple:
 def has_news(reply: dict, demanded: tuple) -> bool:
     """Must a sync be answered now? What the host's last poll `demanded` and
     it did not send yet is no news: it would ask again at once, forever. (A
-    proxy may give each poll a connection of its own.)"""
+    proxy may give each poll its own connection.)"""
     return bool(reply.get("requests")) or demands_of(reply) != demanded
 
 
@@ -19421,7 +19422,7 @@ const code = (text) => el("code", { text });
 const muted = (...inside) => el("span", { class: "muted" }, ...inside);
 const mutedLine = (...inside) => el("p", { class: "muted" }, ...inside);
 
-const ICONS = {     // drawn on 16 x 16; each state has a shape of its own
+const ICONS = {     // drawn on 16 x 16; each state has its own shape
   ok: ["M3.5 8.6l3 3 6-7"], new: ["M8 5.2a2.8 2.8 0 1 0 .01 0z"],
   failed: ["F", "M8 .8a7.2 7.2 0 1 0 .01 0z", "M5.5 5.5l5 5m0-5l-5 5"],
   late: ["F", "M8 1.2L15.4 14.6H.6z", "M8 6v4m0 2v.2"],
@@ -21053,7 +21054,7 @@ const UNTIL_WELL = 2 ** 40;     // the end of such a snooze, as the API has it
 const untilWords = (until) => until === "well" || until >= UNTIL_WELL
   ? "until it is well" : `until ${shortTime(until)}`;
 
-// Returns when it is 8:00, so many days from today, in the shown zone.
+// Returns when it is 8:00, `days` days from today, in the shown zone.
 function morning(days) {
   const noon = Date.parse(`${isoDay(shifted(now()))}T12:00Z`);
   return localTime(`${isoDay(new Date(noon + days * 864e5))}T08:00`);
@@ -21181,7 +21182,7 @@ function hostWords(host) {
 }
 
 // Returns the first line of an alert. The name of its job, with which it
-// begins, is left out, because it stands next to the line.
+// begins, is left out, because it is next to the line.
 function shortAlert(alert) {
   const [line] = (alert.text || "").split("\n"), { one } = aboutAlert(alert);
   const name = one && !isHost(one) && [one.section && one.section + "/",
@@ -22394,7 +22395,7 @@ function runView(place, root) {
       k: () => shown?.newer && go(`run/${shown.newer}`) } };
 }
 
-// One run: what happened, its output, and the other runs beside it.
+// One run: what happened, its output, and the runs before and after it.
 class RunPage {
   constructor({ run, job, good, older, newer, lines }, place, root) {
     Object.assign(this, { run, job, good, older, newer, lines });
@@ -22498,7 +22499,7 @@ class RunPage {
         + (run.cut ? ", cut" : "")]]);
   }
 
-  // Lists the runs of the job beside this one.
+  // Lists the runs of the job before and after this one.
   async listRuns() {
     const path = `jobs/${this.run.job}/runs?limit=50`;
     const answer = await withToast(() => get(path));
@@ -22819,7 +22820,7 @@ function runningNote(job) {
 }
 
 // Returns the pictures of the last runs: how they went, with dates, and how
-// long they took, beside what is usual.
+// long they took, next to the usual durations.
 function jobCharts(job, width) {
   const host = hostOf(job), runs = job.recent_runs;
   const most = Math.max(1, Math.min(runs.length, Math.floor(width / 4)));
@@ -23310,7 +23311,7 @@ class ArgumentField {
     return this.input.value;
   }
 
-  // Shows beside the field what is wrong with its value, and returns it.
+  // Shows next to the field what is wrong with its value, and returns it.
   validate() {
     const value = this.value(), why = valueError(this.param, value);
     this.showError(why && plainError(this.param, value, why));
@@ -24719,7 +24720,7 @@ TEMPLATE = """\
 # [Backups]
 # "Work" 30 3 * * mon-fri tar -czf "$HOME/work.tgz" "$HOME/work"
 #
-# This one runs when it is asked for: koitab run "Say Hi" To=Ann
+# This one only runs by hand: koitab run "Say Hi" To=Ann
 #
 # "Say Hi" @manual echo Hello {{To}} {{Times, int, 1}}
 """
@@ -24835,7 +24836,7 @@ def command_remove(options: Invocation) -> int:
 
 
 class EditSession:
-    """The file that an editor gets, in a directory where nobody but the
+    """The file that an editor gets, in a directory where only the
     caller can replace it."""
 
     def __init__(self, options: Invocation, text: str):
@@ -25884,7 +25885,7 @@ def warn_of_plain_http(options: Invocation, host: str, url: str) -> None:
     """Print who can take the keys that are sent to `url`, which names
     `host`."""
     options.warn(f"warning: {url} is plain http: " + (
-        "any user of this machine who takes over the port gets the keys"
+        "any user of this machine who can listen at the port gets the keys"
         if is_local(host) else "anyone on the network can read the keys and "
         "change everything"))
 
@@ -26831,7 +26832,7 @@ ExecStart={command}
 Restart=always
 RestartSec=1
 # Jobs outlive a restart, an upgrade and a crash of koid: it alone is ended,
-# and a job that ate the memory is no reason to end the others.
+# and if one job uses up the memory, the others continue.
 KillMode=process
 OOMPolicy=continue
 TasksMax=infinity
@@ -26925,7 +26926,7 @@ def etcd_settings(options: Invocation) -> EtcdSettings | None:
 
 def dashboard_db(options: Invocation) -> str:
     """Return the path of the dashboard's database: if root starts it, in a
-    directory of its own, because it becomes another user then."""
+    separate directory, because it becomes another user then."""
     home = options.machine.state_directory()
     own = os.geteuid() == 0 and options.user != "root"
     return os.path.abspath(
@@ -27219,7 +27220,7 @@ def plist(command: list[str], environment: dict, label: str) -> str:
 def dashboard_unit(options: Invocation, command: list[str]) -> str:
     """Return the dashboard's unit, with the options that it is to have.
 
-    For root it has no account of its own: systemd lends it one, with a
+    For root it has no account: systemd lends it one, with a
     state directory, and hands it the certificate's key, which only root
     can read (systemd.exec(5), DynamicUser= and LoadCredential=). With --db
     the database may be anywhere, so then root starts it, and it becomes the
@@ -27506,7 +27507,7 @@ LINES
       A variable or a setting for the lines below (`koitab help settings`).
       Quotes around the value are removed. No $ is expanded.
   # text
-      A comment, on a line of its own. Directly above a job it is the job's
+      A comment, on a separate line. Directly above a job it is the job's
       description on the dashboard.
 
 A name has at most 100 characters and no quotes. A section has each name once.
@@ -27543,7 +27544,7 @@ is enough.
   0 9 * * mon
       Every Monday at 09:00.
 
-The last day of a month and the second Friday have no form of their own:
+The last day of a month and the second Friday have no notation:
 
     0 9 28-31 * * [ "$(date -d tomorrow +\\%d)" = 01 ] && command
     0 9 8-14 * *  [ "$(date +\\%u)" = 5 ] && command
@@ -27801,7 +27802,7 @@ JOIN, SHOW, LEAVE
   -d rotate
       Make a new passphrase and new keys. The dashboard refuses the old ones at
       once. First it names the hosts that must join again; until they do,
-      nobody can run jobs there, and the page and `-d show` list them. If the
+      no job can be run there, and the page and `-d show` list them. If the
       old passphrase leaked, an attacker that also has the dashboard can run
       jobs on a host with it until this host has joined again. Access tokens
       stay valid.
@@ -28240,7 +28241,7 @@ A webhook can have its own headers and body. In the body, {{NAME}} is replaced
 by one of key, status, kind, title, text, time, link, dash, and, if the
 notification has exactly one alert, startsAt, endsAt, host, section, job,
 check, run, command, output. {{text:1800}} is cut after 1,800 characters.
-Values are escaped for JSON, so a placeholder stands within a string. A body
+Values are escaped for JSON, so a placeholder must be inside a string. A body
 that is not JSON or has an unknown placeholder is refused when the channel is
 saved.
 
@@ -28354,7 +28355,7 @@ A check is new until its first ping, then up; it is in its grace time when a
 ping is late, and then down. /fail and an exit status that is not 0 put it down
 at once. A paused check is not watched. The grace time covers start and run, as
 in Healthchecks, unless the check has a start deadline (start_within) or a run
-limit (run_limit) of its own.
+own limit (run_limit).
 
 Time in which the dashboard was down does not count. If the disk of the
 dashboard is full, a ping is answered with 503 and Retry-After.
@@ -28603,7 +28604,7 @@ With root's koid. An ordinary user's own koid has the same names below
       database.
   /etc/koi.allow, /etc/koi.deny
       Who may use koitab, as cron.allow and cron.deny, which count if neither
-      of these exists. A file that cannot be read lets nobody in.
+      of these exists. A file that cannot be read denies everyone.
   /etc/environment, /etc/default/locale
       Variables for all jobs.
   /etc/crontab, /etc/cron.d, the spool of cron
@@ -28708,7 +28709,7 @@ The supervisor becomes the user before it starts the job: groups, then gid,
 then uid. It checks each, and that it cannot become root again. If any of this
 fails, the job does not run.
 
-The job gets its home as the working directory, a session of its own, umask
+The job gets its home as the working directory, its own session, umask
 022, signals at their defaults, the file descriptors 0, 1 and 2 and no other,
 and cron's environment with USER, KOI_RUN and its arguments. What follows the
 first % of the command is its input.
@@ -28813,8 +28814,8 @@ cron's spool, as well as koi's tabs, and holds cron's pid file: koid does not
 start while cron runs, nor cron while koid runs, and the start of one never
 stops the other. busybox's crond takes no lock: koid does not start while it
 runs, and `koitab status` reports one that was started later. Root's `koitab
-status` also reports crontabs that nobody serves, because no cron runs and koid
-runs without --system; a user's reports a koid of their own that serves another
+status` also reports crontabs that no daemon serves, as no cron runs and koid
+runs without --system; a user's reports their own koid that serves another
 tab. The switch does not run @reboot jobs again. `crontab -e` still works.
 
 Or move the crontabs into koi's tabs, one user after the other. `koitab import`
@@ -29197,7 +29198,7 @@ do not run code of the server.
 LIMITS
 
 Root can do anything. A supervisor runs as its user, who can end it; the run is
-then interrupted. A process that a job puts into a session of its own outlives
+then interrupted. A process that a job puts into a new session outlives
 `koitab kill`. Programs that a job runs as another user (sudo) are not ended by
 its time limit. Keep /var/lib/koi/keys out of backups that others can read. A
 lost passphrase: `koitab -d leave`, then `koitab -d new`. `koitab help files`
@@ -29248,7 +29249,7 @@ STATES OF A RUN
       The run was not started on purpose: the job still ran (KOI_OVERLAP), it
       was paused, the date is in KOI_SKIP, the run was taken out of the queue,
       a share of the user was used up, or the job was removed or changed while
-      the run waited. One row stands for all such starts of a job on a day.
+      the run waited. One row counts all such starts of a job on a day.
   unstartable
       The run could not be started: no such user, shell or process. The reason
       says why.

@@ -4722,7 +4722,7 @@ def send_request(method: str, url: str, body: bytes | None = None,
                  headers: dict | None = None, seconds: float = 15.0,
                  limit: int = 2**24, redirects: int = 0, ca_file: str = "",
                  proxy: str = "") -> HttpResponse:
-    """Return the answer to one request to `url`, on a connection of its own.
+    """Return the answer to one request to `url`, on a new connection.
 
     User and password in `url` become an Authorization header. Up to
     `redirects` redirects are followed, never from https to http; 307 and 308
@@ -7415,7 +7415,7 @@ The key env of a task adds variables or replaces these.
 BUILT-IN TASKS
 
 A task of type builtin is a Python function in TASKS_DIR/SLUG/task.py. It runs
-in a process of its own; an exception is a failure.
+in a separate process; an exception is a failure.
 
     def run(args, log):
         log("copying to " + args.storage["sync"])

@@ -166,7 +166,7 @@ WRONG = {   # what is changed -> a word of the reason
     "unknown argument": ({"args": {"To": "x", "Times": "1", "Loud": "true",
                                    "More": "x"}}, "arguments"),
     "wrong int": ({"args": {"To": "x", "Times": "0x10", "Loud": "true"}},
-                  "int is"),
+                  "whole number"),
     "wrong bool": ({"args": {"To": "x", "Times": "1", "Loud": "True"}},
                    "bool is"),
     "control": ({"args": {"To": "x\x1b", "Times": "1", "Loud": "true"}},
@@ -232,7 +232,7 @@ def test_a_request_from_before_a_restored_backup_is_refused(koi, dashboard):
     dashboard.ask(text_of(body))
     dashboard.wait_for(lambda: len(dashboard.results) > before)
     assert dashboard.results[-1]["state"] == "refused"
-    assert "remembers" in dashboard.results[-1]["reason"]
+    assert "too old" in dashboard.results[-1]["reason"]
     assert koi.history() == []
 
 
@@ -505,7 +505,7 @@ def test_frozen_agent_is_replaced_and_reported(linked, dashboard):
     os.kill(frozen, signal.SIGSTOP)
     problem = support.wait_until(lambda: linked.ask("status")["dashboard"][
         "problems"], 30)
-    assert problem == ["agent silent for 2s; restarting in 3s"]
+    assert problem == ["agent gave no sign of life for 2s; restarting in 3s"]
     assert f"dashboard: {problem[0]}\n" in linked.log()
     assert not koitab.process_start_time(frozen)
     assert child_of(linked) != frozen

@@ -567,7 +567,7 @@ def test_home_that_is_a_link_or_owned_by_another_user_is_refused(town):
     with pytest.raises(pytest.fail.Exception):
         town.start()
     assert "is not a directory" in town.log()
-    assert "belongs to another user" in town.log()
+    assert "is owned by another user" in town.log()
 
 
 def test_invalid_tab_is_not_installed_and_the_old_one_is_kept(town):

@@ -312,8 +312,8 @@ REFUSED = [     # the command, where the placeholder stands, the mend
     ("show ([ {{v}} ])", "in a pattern", ALONE),
     ("show%{{v}}", "after %", "the text after % is the job's input; write \\% "
      "for a percent sign"),
-    ("show%{{.Name}} {{v}}", "after %", "what follows % is the job's input; "
-     r"write \% for a percent"),
+    ("show%{{.Name}} {{v}}", "after %", "the text after % is the job's "
+     r"input; write \% for a percent sign"),
 ]
 KNOWN = 19      # contexts in which a quoted word can still be evaluated
 SAFE_IF_QUOTED = [      # where quote-and-substitute would do, and we do too

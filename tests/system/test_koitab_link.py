@@ -65,7 +65,7 @@ def there(web1_host, operator, *words: str, stdin: str = "") -> support.Result:
 
 
 WRONG = [   # what is typed, a part of what is said, the status
-    (["-d", "blah"], 'unexpected argument "blah" (expected new, join,', 2),
+    (["-d", "blah"], 'unknown action "blah" (expected new, join,', 2),
     (["-d", "join"], "missing argument URL\nkoitab: hint: koitab -d join", 2),
     (["-d", "new", "http://127.0.0.1:1", "more"], 'argument "more"', 2),
     (["-d", "show", "more"], 'unexpected argument "more"', 2),
@@ -85,7 +85,7 @@ WRONG = [   # what is typed, a part of what is said, the status
     (["-d", "join", "http://koi.example"], "--plain-http", 1),
     (["-d", "join", "http://127.0.0.1:1/#nonsense"], "a dashboard's ID", 1),
     (["-d", "join", "http://127.0.0.1:1"], "could take the keys", 1),
-    (["-d", "join", "https://127.0.0.1:1"], "no passphrase was given", 2),
+    (["-d", "join", "https://127.0.0.1:1"], "missing passphrase", 2),
     (["-d", "new", "https://127.0.0.1:1"],
      "https://127.0.0.1:1: connection refused\nkoitab: hint: koitab dashbo",
      1),
@@ -161,7 +161,7 @@ def test_new_prompts_for_a_founding_token_that_it_does_not_find(
         tmp_path, loose):
     with DashboardProcess(tmp_path / "own") as server:
         done = loose.koitab("-d", "new", server.url)
-        assert done.code == 2 and "no founding token was given" in done.err
+        assert done.code == 2 and "missing founding token" in done.err
         done = loose.koitab("-d", "new", server.url, stdin="0" * 64)
         assert done.code == 1 and "the founding token of its" in done.err
         done = loose.koitab("-d", "new", server.url,
@@ -400,7 +400,7 @@ WRONG_RUNS = [
     (["web9", "Say"], 'no host named "web9"', 1),
     (["", "Say"], "no host named", 1),
     (["web1", "-u", "nobody-of-here", "Twice"],
-     'nobody-of-here has no job "Twice"\nkoitab: hint: koitab run -u ', 1),
+     'nobody-of-here has no job named "Twice"\nkoitab: hint: koitab run -u ', 1),
 ]
 
 
