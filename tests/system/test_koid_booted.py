@@ -132,7 +132,7 @@ class Computer:
              '--kill-child --propagation private sh -c "$@"', "sh",
              BOOT_SCRIPT, "sh", self.top], stdin=subprocess.DEVNULL)
         wait_until(lambda: self.run("systemctl is-system-running").out.strip()
-                   in ("running", "degraded"), 60, "systemd to boot")
+                   in ("running", "degraded"), 180, "systemd to boot")
 
     def reboot(self) -> None:
         """End all processes at once, as a power failure does; boot again."""

@@ -178,6 +178,7 @@ class Story:
         self.folder = folder
         self.results: dict[str, list] = {}      # name of a block -> outputs
         self.messages: dict[str, str] = {}      # heading -> output
+        self.pings: dict[str, tuple[str, int]] = {}     # job -> output, status
         self.web1 = self.koi = None
 
     def close(self) -> None:
@@ -216,8 +217,8 @@ class Story:
         self.use_two_machines()
         self.web1.type("echo '15 4 * * * true' | sudo crontab -u alice -")
         self.type("Moving from cron 1", "Moving from cron 2")
-        self.provoke("cron runs (pid 98), and would start its jobs beside "
-                     "koid", "sudo koid --system")
+        self.provoke("cron is running (pid 98) and would start the same "
+                     "jobs", "sudo koid --system")
         for command, _ in BLOCKS["Quick start: koi 1"].commands():
             self.web1.type(command)
         self.web1.type("koitab -r")
@@ -240,14 +241,25 @@ class Story:
         printed = self.type("Quick start: the dashboard 3", machine=self.koi)
         (self.web1.computer.root / HOME[1:] / "passphrase").write_text(
             re.search(VARYING[0][0], printed)[0])
-        self.web1.type("sudo koitab -d off")
+        self.web1.type("sudo koitab -d leave")
         self.meet_messages_of_dashboards()
         trust(self.web1, made.cert)
         self.type("Quick start: the dashboard 4", "Prometheus 1")
         self.provoke("wrong passphrase for https://koi.example.com:8077",
                      "echo 8888-8888-8888-8888-8888 | "
                      "sudo koitab -d token list")
+        self.watch_the_watcher()
         self.type("Upgrade 1", machine=self.koi)
+
+    def watch_the_watcher(self) -> None:
+        """Run the jobs that ping, with a page that exists for a monitor."""
+        tab = "\n".join(BLOCKS["Who watches the watcher 1"].lines).replace(
+            "https://hc-ping.com/PING_KEY",
+            "https://koi.example.com:8077/healthz?")
+        self.web1.type(f"cat <<'END' | sudo koitab -\n{tab}\nEND\n")
+        for job in ("koid works", "dashboard works"):
+            self.pings[job] = self.web1.type(f"sudo koitab run '{job}'")
+        self.web1.type("sudo koitab -r")
 
     def meet_messages_of_mission(self) -> None:
         self.provoke("is writable by everyone (mode 0602)",
@@ -286,9 +298,9 @@ class Story:
         self.provoke("certificate not trusted: self-signed certificate",
                      "sudo koitab -d join https://koi.example.com:8077 "
                      "< passphrase")
-        self.provoke("this dashboard does not know itself by that name",
+        self.provoke("host name not allowed",
                      "curl -s http://koi.example.com:877/")
-        self.provoke("without TLS anybody on the way can read",
+        self.provoke("without TLS, anyone on the network can read",
                      "sudo koitab -d new http://koi.example.com")
         self.provoke("cannot listen at 127.0.0.1:877: Address already in use",
                      "sudo koitab dashboard --listen 127.0.0.1:877")
@@ -341,6 +353,12 @@ def test_block_prints_what_the_readme_shows(story, name):
         assert ACCEPT or constant(output.splitlines()) == constant(
             expected), command
         assert code == 0 or output, command
+
+
+@pytest.mark.root_only
+def test_jobs_that_watch_koid_and_the_dashboard_succeed(story):
+    assert story.pings == {"koid works": ("OK", 0),
+                           "dashboard works": ("OKOK", 0)}
 
 
 HEADINGS = re.findall(r"^### `(.+)`$", TEXT, re.M)
@@ -473,7 +491,7 @@ def test_every_command_exists():
         commands = {word for word in first if re.fullmatch("[a-z]+", word)}
         assert len(commands) > 5
         assert commands - {"tab"} <= {*program.COMMANDS, "new", "join", "show",
-                                      "rotate", "token", "off"}
+                                      "rotate", "token", "leave"}
 
 
 def test_every_option_exists():
