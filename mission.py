@@ -7551,6 +7551,28 @@ FILES
   /run/mission, ~/.local/state/mission
       The lock. No variable moves it. The lock of an account without a home
       directory is with its state.
+
+DIFFERENCES FROM THE ORIGINAL
+
+mission replaces the program of the same name in Go. A configuration and its
+tasks run unchanged, except for these points:
+
+Chown comes before commit, so that git can read as the owner what root stored.
+
+Tasks get a built environment, not the caller's: use the key env of a task.
+
+Relative paths are relative to the configuration, not to the working directory.
+
+Unknown keys, duplicate slugs and invalid names are errors, and so is an
+unknown slug after -t. The same slug twice after -t runs once.
+
+Run logs have mode 0600 (they had 0644). Escape sequences in output are made
+visible.
+
+Go's regular expressions are translated (`mission help config`).
+
+Mail is sent only if mail.enabled is true. A refused mail or ping shows in the
+exit status.
 """
 SECURITY_TOPIC = """\
 TRUST
