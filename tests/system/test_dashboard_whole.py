@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+import servers
 import support
 from dashboard_rig import (HOST_TOKEN, ROUNDS, VIEWER_TOKEN, DashboardProcess,
                            Operator, derive, sync_payload)
@@ -284,6 +285,48 @@ def test_scheduled_run_appears_on_the_open_page(operator, browser):
     browser.wait(f"{job_row('Tick')}.querySelector('.c-is').innerText == 'ok'")
     assert browser.js("return window.same"), "the page was loaded anew"
     assert operator.runs("Tick")[0]["trigger"] == "schedule"
+
+
+def test_notification_of_the_page_reaches_a_mail_server_or_says_why_not(
+        operator, browser):
+    """The form against the real dashboard: a field that is refused, a server
+    that refuses, one that accepts, an edit that keeps the password."""
+    def fill_in(**values):
+        for name, value in values.items():
+            browser.js("const field = document.querySelector(arguments[0]); "
+                       "field.value = arguments[1]; field.dispatchEvent(new "
+                       "Event('change'))", f"#channel-{name}", value)
+
+    with servers.Sink(account=("koi", "o'brien")) as sink:
+        browser.visit("alerts", ".channels > div > .btn")
+        browser.press("New notification\u2026")
+        fill_in(kind="smtp")
+        fill_in(target="ops@example.org", host="no host", port=str(sink.port),
+                security="none", user="koi", password="wrong")
+        browser.press("Save and send a test")
+        browser.wait("document.activeElement.id === 'channel-host'")
+        assert browser.faults("status of 400") == []
+        assert "host" in browser.text("#channel-host-error")
+        fill_in(host="127.0.0.1")
+        browser.press("Save and send a test")
+        browser.wait("document.querySelector('.channels .error')?.innerText"
+                     ".startsWith('Not delivered: ')")
+        browser.press("Edit")
+        fill_in(password="o'brien")
+        browser.press("Save and send a test")
+        browser.wait("/Delivered \\d\\d:\\d\\d/.test(document.querySelector("
+                     "'.channels li').innerText)")
+        assert "a test" in sink.wait(1)[0].subject
+        browser.press("Edit")
+        assert browser.js("return document.querySelector('#channel-password')"
+                          ".value") == "***"
+        fill_in(target="night@example.org")
+        browser.press("Save and send a test")
+        browser.shows("night@example.org", css=".channels ul")
+        assert len(sink.wait(2)) == 2
+        browser.press("Delete\u2026")
+        browser.press("Delete night@example.org", "#menu button")
+        browser.shows("Problems only show on this page", css=".channels")
 
 
 def test_ping_of_mission_is_shown_with_the_jobs(
