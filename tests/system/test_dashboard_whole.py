@@ -324,6 +324,8 @@ def test_notification_of_the_page_reaches_a_mail_server_or_says_why_not(
         browser.press("Save and send a test")
         browser.shows("night@example.org", css=".channels ul")
         assert len(sink.wait(2)) == 2
+        browser.wait("!document.querySelector('.channels').innerText.includes("
+                     "'Sending')")
         browser.press("Delete\u2026")
         browser.press("Delete night@example.org", "#menu button")
         browser.shows("Problems only show on this page", css=".channels")
