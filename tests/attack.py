@@ -1,8 +1,8 @@
-"""Attackers: small programs that the user of a folder runs against root.
+"""Attackers: small programs that the user of a directory runs against root.
 
-Each is a loop in a process of alice's, ended by its test. The rigs beside
-them lay out what the attack needs and tell afterwards what was stolen. A
-test that uses one also shows that a careless walk loses against it.
+Each is a loop in a process of alice that its test ends. The classes create
+the files that an attack needs, and return afterwards what root gave away. A
+test that uses one also shows that a naive walk loses the race.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import support
 
 FILES = 20
 
-# renameat2(2) with RENAME_EXCHANGE: two names swap what they name, in one
-# step, so that a walk meets now the folder and now what stands in for it.
+# renameat2(2) with RENAME_EXCHANGE swaps two files in one step, so a walk
+# finds the directory at one time and its replacement at the next.
 HEAD = """\
 import ctypes, os, signal, sys
 signal.alarm(300)
@@ -39,7 +39,7 @@ ready()
 while True:
     swap(a, b)
 """,
-    # argv: names that one thing bears in turn.
+    # argv: the names that one file gets in turn.
     "wander": HEAD + """
 names = sys.argv[1:]
 ready()
@@ -52,7 +52,7 @@ while True:
 
 @contextlib.contextmanager
 def attacking(program: str, *names, uid: int = support.ALICE_UID):
-    """The attacker at work, as a user; ended by its pid at the end."""
+    """Run an attacker as a user; end it by its PID."""
     command = [support.SHARED_PYTHON, "-I", "-S", "-c", PROGRAMS[program],
                *map(str, names)]
     if support.AS_ROOT:
@@ -72,10 +72,10 @@ def as_user(command: list[str], uid: int = support.ALICE_UID) -> list[str]:
 
 
 class Race:
-    """A tree of alice's and root's own files beside it.
+    """A tree of alice, and files of root next to it.
 
-    `tree/d/e` holds files of alice's. Beside it stands a link to root's
-    folder (`links`) or a FIFO (`fifo`), and the attacker swaps the two.
+    `tree/d/e` contains files of alice. Next to it is a link to root's
+    directory (`links`) or a FIFO (`fifo`), and the attacker swaps the two.
     """
 
     # kind -> the two names that are swapped
@@ -101,7 +101,7 @@ class Race:
             self.tree / name for name in self.KINDS[self.kind]))
 
     def stolen(self) -> int:
-        """How many of root's files are no longer root's."""
+        """Return how many files of root have another owner now."""
         return stolen_below(self.victims)
 
     def restore(self) -> None:
@@ -203,7 +203,7 @@ def walk_by_paths(tree, uid: int, gid: int) -> None:
 
 
 def walk_of_the_library(tree, uid: int, gid: int) -> None:
-    """os.fwalk follows no link, but opens whatever it takes for a folder."""
+    """os.fwalk follows no link, but opens what replaced a directory."""
     for _, folders, files, fd in os.fwalk(tree):
         for name in folders + files:
             with contextlib.suppress(FileNotFoundError):

@@ -7,7 +7,7 @@ time: the tests start the programs some thousand times. CACHE is a directory
 of the test run. PATCH is empty, or Python text that is executed before
 `main` is called, with the program as `k`, and `sys`; it makes a limit small
 or a call fail. Constants that it changes are changed in koid's agent, too,
-which is a program of its own; a function is changed in koid alone.
+which is its own program; a function is changed in koid alone.
 """
 
 import sys

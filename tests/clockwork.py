@@ -1,11 +1,11 @@
-"""koid under a clock that stands still until a test moves it: alone
-(StillClock), or beside Debian's cron (run).
+"""koid under a clock that only a test moves: alone (StillClock), or next to
+Debian's cron (run).
 
-koid reads its clock when it wakes, and at no other time, so a busy machine
-changes nothing: a turn of koid's has one time, and all that follows from a
-time is decided before koid sleeps again.
+koid reads its clock only when it wakes, so a busy machine changes nothing:
+one turn of koid has one time, and koid decides all that follows from that
+time before it sleeps again.
 
-`run` starts this file in a namespace of its own: nothing outside is seen or
+`run` starts this file in its own namespace: nothing outside is seen or
 changed, and all that it starts ends with it. There both daemons are given
 the same lines and the same clock (cron by libfaketime). What is started
 before both daemons sleep again was started in that minute.
@@ -124,11 +124,11 @@ class StillClock:
         start(wrap=wrap, **{"TZ": "UTC0", **env})
 
     def set(self, wall: float) -> None:
-        """Somebody sets the clock; no time passes by it."""
+        """Set the clock as an administrator does; no time passes."""
         self.move(wall - self.wall, 0.0)
 
     def shift(self, seconds: float) -> None:
-        """Somebody sets the clock, by so much."""
+        """Set the clock, by `seconds`."""
         self.move(seconds, 0.0)
 
     def elapse(self, seconds: float) -> None:
@@ -205,7 +205,7 @@ class Sleeper:
             and not self.of_process(f"task/{self.pid}/children")
 
     def rests(self) -> int:
-        """How often it has gone to sleep, of its own accord."""
+        """Return how often it went to sleep without a signal."""
         _, _, count = self.of_process("status").partition(
             "\nvoluntary_ctxt_switches:")
         return int(count.split()[0])
@@ -237,7 +237,7 @@ class Daemon(Sleeper):
     def __init__(self, name: str, rest: str, command: list[str],
                  folder: Path, env: dict):
         self.starts: list[list[int]] = []
-        # With a writer of our own there is never an end of the file.
+        # With our own writer there is never an end of the file.
         self.notes = os.open(folder / f"{name}.notes",
                              os.O_RDWR | os.O_NONBLOCK)
         fcntl.fcntl(self.notes, fcntl.F_SETPIPE_SZ, 2**20)
@@ -265,7 +265,7 @@ class Daemon(Sleeper):
 
 
 class Stage:
-    """The folder, the clock and the daemons of one run."""
+    """The directory, the clock and the daemons of one run."""
 
     def __init__(self, folder: str, zone: str, lines: list[str],
                  walls: list[int], command: list[str], sleeper: bool):

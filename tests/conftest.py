@@ -83,7 +83,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def scratch(tmp_path):
-    """A configuration run by this user, in a folder of its own."""
+    """A configuration run by this user, in its own directory."""
     tmp_path.chmod(0o755)
     return support.Scratch(tmp_path)
 

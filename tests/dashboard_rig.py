@@ -1,9 +1,9 @@
-"""The dashboard under test, and who talks to it. No code is in two places:
+"""The dashboard under test, and its clients. No code is in two places:
 
 InProcessDashboard  its database and its rules, under a clock the test sets
 DashboardProcess    `koitab dashboard`, which can be killed and started again
 HttpClient          one connection to it, byte by byte
-DashboardHost       a koid that belongs to a dashboard, and its commands
+DashboardHost       a koid that joined a dashboard, and its commands
 Operator            asks, and signs requests, as the page does
 PageDriver          the page in a real browser
 
@@ -178,7 +178,7 @@ class InProcessDashboard:
     # --- write and read
 
     def do(self, deed, *values):
-        """Carry out a deed: its result, or what it raises."""
+        """Return the result of an operation. Raises what it raises."""
         found = []
         self.dashboard.write(deed, *values,
                              then=lambda *told: found.extend(told))
@@ -456,7 +456,7 @@ class DashboardProcess:
     started again; and the hosts that were added to it, which end with it.
 
     `prefix` is a command that starts it, `db` another database than
-    dashboard.db of the folder. Passphrases have few rounds, unless `rounds`
+    dashboard.db of the directory. Passphrases have few rounds, unless `rounds`
     is "".
     """
 
@@ -561,7 +561,7 @@ class DashboardProcess:
     def founding_token(self) -> str:
         """The token that creates the dashboard."""
         path = Path(f"{self.db.absolute()}.founding")
-        if not path.exists():           # on a disk of its own
+        if not path.exists():           # on its own disk
             path = Path(f"/proc/{self.process.pid}/root{path}")
         return path.read_text().strip()
 

@@ -1,11 +1,11 @@
-"""make demo: mission and koi on real input, in a scratch folder, as anyone.
+"""make demo: mission and koi on real input, in a scratch directory, as anyone.
 
 A tree of files, a SQLite database and a git repository are backed up by a
 run as cron would start it and by a run by hand; one task fails on purpose.
 Then the history, the log and the mail are shown. After that a koid of the
 demo's own is given a tab, and jobs with arguments are run. At the end all of
 it comes together on a dashboard: on a terminal it stays up until Ctrl-C.
-Nothing outside the scratch folder is touched.
+Nothing outside the scratch directory is touched.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ cat > "{folder}/mail/$(ls "{folder}/mail" | wc -l).eml"
 
 
 def backed_up_user() -> str:
-    """Whose backups these are: the caller's, or for root somebody's."""
+    """Return the user whose backups these are: the caller, or one for root."""
     if os.geteuid():
         return pwd.getpwuid(os.geteuid()).pw_name
     people = [entry.pw_name for entry in pwd.getpwall()
@@ -174,7 +174,7 @@ STAY_ROOT = ["-u", "root"] if os.geteuid() == 0 else []
 
 
 class Demo:
-    """The scratch folder, and what is typed in it."""
+    """The scratch directory, and what is typed in it."""
 
     def __init__(self, folder: Path):
         self.folder = folder

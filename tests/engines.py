@@ -1,6 +1,6 @@
 """Firefox and WebKit for tests, as browser.py has Chromium.
 
-Each has a home and a profile of its own, and no session bus, so that it can
+Each has its own home and profile, and no session bus, so that it can
 run as any user and shares nothing with a desktop.
 """
 

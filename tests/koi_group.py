@@ -389,7 +389,7 @@ class Faults:
             host.signal(signal.SIGSTOP)
 
     def kill_and_freeze(self) -> None:
-        """Whoever is frozen looks when the lease of the other is gone."""
+        """A frozen host continues after the lease of the other has expired."""
         for host, number in zip(self.healthy(), (9, 19)):
             host.signal(number)
 
@@ -463,7 +463,7 @@ def record(group: Group, begin: float, end: float) -> dict:
 
 
 def check(found: dict) -> Verdict:
-    """Judge the truth and the histories of a group.
+    """Check the truth and the histories of a group.
 
     A start must not be executed twice. One that was not executed is on the
     record of each host, and one of them says why. If a host and a quorum had
@@ -542,7 +542,7 @@ def faults_near(found: dict, begin: float, end: float) -> list[tuple]:
 
 
 def is_fair(found: dict, due: float) -> bool:
-    """Had one host no fault around a start, and never two members at once?"""
+    """Whether a host had no fault around a start, and no two members had."""
     near = faults_near(found, due - 10, due + MINUTE)
     ill = {which for _, _, which in near}
     return any(host not in ill for host in found["hosts"]) and not any(

@@ -1,7 +1,7 @@
 """Kill koid or a supervisor at any system call, and count what was run.
 
 The job of these tests appends its KOI_RUN to a file, with fsync: that file
-is the truth. Whatever is killed wherever, a fresh koid has to make of it:
+is the truth. After any kill a fresh koid must ensure that:
 
 - no run was executed twice, and no minute of a schedule;
 - every run that was executed is in the history, as done or interrupted;
@@ -31,7 +31,7 @@ KEEP = 'echo "$KOI_RUN" | dd of={} oflag=append conv=notrunc,fsync ' \
     'status=none && echo kept'
 TAB = 'MAILTO=""\n"slot" * * * * * {keep}\n"boot" @reboot {keep}\n' \
     '"hand" @manual {keep}\n"next" @after "slot" {keep}\n'
-# Of a supervisor's calls: between letting go of koid's lock and claiming the
+# Of a supervisor's calls: between closing koid's lock and claiming the
 # run; the start of the job; its end; the end of all.
 TELLING = ("getpid", "clone3", "vfork", "wait4", "exit_group")
 FINAL = {"done", "interrupted", "missed", "skipped", "unstartable"}
@@ -43,7 +43,7 @@ BUSY = "already running"    # a supervisor that has not begun holds the lock
 
 
 class Faulty(Exception):
-    """What a fresh koid made of it is wrong."""
+    """A fresh koid did not restore a correct state."""
 
 
 def keep(koi) -> str:
@@ -102,7 +102,7 @@ class Rig:
 
 
 def restart(koi, *wrap: str) -> None:
-    """Start a fresh koid, as systemd would: again if it is told to wait."""
+    """Start a fresh koid, as systemd would: again if it is asked to wait."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         size = len(koi.log())
@@ -148,7 +148,7 @@ def by_hand(koi, job: str = "hand") -> int | None:
 
 
 def end(process: subprocess.Popen) -> int:
-    """Tell a koid to stop, under strace or not; how it ended."""
+    """Stop a koid, under strace or not; return how it ended."""
     traced = process.args[0] == "strace"
     pids = support.children_of(process.pid)[:1] if traced else [process.pid]
     for pid in pids:
@@ -245,7 +245,7 @@ def faults(koi, runs: list, executed: Counter, acked: int | None,
 
 
 def many(runs: list, due: int) -> bool:
-    """Is a minute one of a row that stands for several?"""
+    """Whether a row that counts several starts includes a minute."""
     return any(run["due"] <= due < run["due"] + run["count"] * MINUTE
                for run in runs if run["count"] > 1)
 
@@ -370,7 +370,7 @@ def calls_of_supervisor(held: Held) -> list[tuple[str, str]]:
 
 def kill_supervisor(rig: Rig, most: int | None, tell=None
                     ) -> tuple[Counter, int]:
-    """Kill a supervisor at `most` of its calls; koid goes on, or at every
+    """Kill a supervisor at `most` of its calls; koid continues, or at every
     second one is killed with it. As kill_koid."""
     held = Held(rig)
     koi, seen, hits = held.koi, Counter(), 0
@@ -446,7 +446,7 @@ def quiet(koi, run: int) -> None:
 def stall_supervisor(rig: Rig, most: int | None, tell=None
                      ) -> tuple[Counter, int]:
     """Stop a supervisor at `most` of its calls, as a busy machine might;
-    kill koid; let a fresh one do what it will, and the supervisor go on."""
+    kill koid; start a fresh one, and let the supervisor continue."""
     held, seen, hits = Held(rig), Counter(), 0
     points = sweep.choose(calls_of_supervisor(held), most=most,
                           telling=TELLING)

@@ -1,6 +1,6 @@
-"""A dashboard of the tests' own, that can be told to lie: what a koid says
-to it is kept, and what it answers is up to the test. (The real one is tested
-with a real koid in test_dashboard_whole.py.)"""
+"""A simulated dashboard that can send false replies. It keeps what a koid
+sends, and a test chooses the replies. (test_dashboard_whole.py tests the real
+dashboard with a real koid.)"""
 
 from __future__ import annotations
 

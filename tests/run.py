@@ -331,7 +331,7 @@ def make_queue(python: str, options: argparse.Namespace, scratch: Path,
                screen: Screen) -> Queue:
     """The queue of one interpreter, with what its workers share."""
     python, more = find_pytest(python)
-    # Plugins of the machine's pytest are none of ours.
+    # The tests need no plugin of the machine's pytest.
     env = {**clean_environment(), **more,
            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
            "TMPDIR": shared_temporary_directory()}

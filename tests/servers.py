@@ -169,7 +169,7 @@ class MailHandler(socketserver.StreamRequestHandler):
             pass
 
     def command(self, line: str) -> bool:
-        """Answer one command; whether the session goes on."""
+        """Answer one command; whether the session continues."""
         verb, _, rest = line.strip().partition(" ")
         verb = verb.upper()
         self.sink.commands.append(line.strip())
@@ -284,7 +284,7 @@ class Sink(Service):
 
 
 # ==========================================================================
-# Pings: an endpoint that answers as told and writes down what it was asked
+# Pings: an endpoint with given answers, which records its requests
 # ==========================================================================
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ class PingHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    # Answers with a name, for requests that must not be believed.
+    # Answers with a name, for requests that must not be trusted.
 
     def trickle(self, data: bytes) -> None:
         for place in range(len(data)):
@@ -368,7 +368,7 @@ class PingHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
     def huge_body(self) -> None:
-        """A gigabyte, for whoever reads it all."""
+        """Send a gigabyte, to a client that reads all of it."""
         self.send_response(200)
         self.end_headers()
         for _ in range(1024):
@@ -539,7 +539,7 @@ class Desk:
 # ==========================================================================
 
 class PassStore:
-    """`pass` with a throwaway key in a home of its own.
+    """`pass` with a throwaway key in its own home.
 
     `before` is put before each command, as for a Desk. The home has a short
     path, because gpg-agent's socket must fit in 108 bytes.

@@ -225,7 +225,7 @@ def on_terminal(command: list[str], env: dict, stdin: str = "") -> str:
         while True:
             try:
                 data = os.read(ours, 65_536)
-            except OSError:         # EIO: nobody has it open any more
+            except OSError:         # EIO: no process has it open any more
                 break
             found += data
         os.close(ours)
@@ -257,7 +257,7 @@ k.Processes.pause = lambda self, seconds: None
 
 
 class Scratch:
-    """A home, folders for storages, and a configuration to run.
+    """A home, directories for storages, and a configuration to run.
 
     `config` is a dict that tests change before they call `mission(...)`.
     """
@@ -328,7 +328,7 @@ class Scratch:
         return path
 
     def open_to_others(self) -> None:
-        """Let other users pass through the folders of the test."""
+        """Let other users pass through the directories of the test."""
         for place in (self.folder, *self.folder.parents):
             if place.stat().st_uid == os.geteuid() and str(place) != "/":
                 place.chmod(place.stat().st_mode | 0o011)
@@ -339,7 +339,7 @@ class Scratch:
         self.config["passBin"] = str(self.stand_in("fake-pass", script))
 
     def keep_mail(self, **options) -> Path:
-        """Mail is on, and a sendmail puts each message into this folder."""
+        """Mail is on, and a sendmail puts each message into this directory."""
         mails = self.make("mails")
         self.stand_in("sendmail", f"exec cat > '{mails}'/$$.eml")
         self.config["user"]["email"] = "alice@example.com"
@@ -444,7 +444,7 @@ def log_texts(log: str) -> list[str]:
 # Tags of an entry, from acl(5) and linux/posix_acl.h.
 ACL_OWNER, ACL_USER, ACL_OWNING_GROUP, ACL_GROUP, ACL_MASK, ACL_OTHER = (
     0x01, 0x02, 0x04, 0x08, 0x10, 0x20)
-ACL_NOBODY = 0xffffffff     # the id of an entry that names nobody
+ACL_NOBODY = 0xffffffff     # the id of an entry without a user
 
 
 def acl(*entries: tuple, mask: int = 7) -> bytes:
@@ -480,7 +480,7 @@ GIT_IDENTITY = {f"GIT_{role}_{what}": value
 
 def git(folder, *args: str, uid: int | None = None, host=None,
         **env: str) -> Result:
-    """git in a folder, as the user `uid`, or in the namespace of `host`."""
+    """git in a directory, as the user `uid`, or in the namespace of `host`."""
     need("git")
     become = {"user": uid, "group": uid, "extra_groups": []} if uid else {}
     command = ["git", "-C", str(folder), *args]
@@ -549,7 +549,7 @@ def commit_subjects(folder) -> list[str]:
 
 
 class Koi:
-    """A koid of the test's own: a home, tabs, and what koitab says.
+    """The test's own koid: a home, tabs, and what koitab says.
 
     `host` is a Host with more users, for a koid that root runs for them.
     `patch` changes the program: see program().
@@ -727,7 +727,7 @@ class Koi:
 
     def ended(self, job: str | None = None, count: int = 1,
               seconds: float = 30, **fields) -> list[dict]:
-        """The newest runs of a job, when so many have ended."""
+        """Return the newest runs of a job, once `count` have ended."""
         def done():
             runs = [run for run in self.history(
                 **({"job": job} if job else {}), **fields)

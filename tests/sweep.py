@@ -1,10 +1,9 @@
-"""Strike a program at its n-th system call: kill it there, or fail the call.
+"""Kill a program at its n-th system call, or let that call fail.
 
-One plain run under strace tells which calls the program makes, in order;
-each further run is struck at one of them. `when=N` of strace counts per name
-and per process, so a point is a pair (name, n). Only the program itself is
-traced, not what it starts: a killed runner leaves its children alive, as in
-life.
+A run under strace lists the calls that the program makes, in order; in each
+further run one of them is the target. `when=N` of strace counts per name and
+per process, so a point is a pair (name, n). Only the program itself is
+traced, not its children: they survive a killed runner, as without strace.
 """
 
 from __future__ import annotations

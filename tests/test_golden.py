@@ -40,7 +40,7 @@ from servers import Service, Web, certificate
 GOLDEN = Path(__file__).resolve().parent / "golden"
 ACCEPT = os.environ.get("GOLDEN") == "accept"
 
-# The dashboard's clock stands still at 2005-03-18T01:58:31Z, so that its
+# The dashboard's clock is stopped at 2005-03-18T01:58:31Z, so that its
 # answers need no placeholder. A date in the past is never "now" (is_now).
 NOW = 1_111_111_111
 AROUND_NOW = 2 * 86_400         # seconds
@@ -149,7 +149,7 @@ slow = hashlib.pbkdf2_hmac
 hashlib.pbkdf2_hmac = lambda *how: slow(*how[:3], 1)
 """
 # Executed first: serves commands from a process that has loaded the program
-# once. Each command is a process of its own, forked here, which goes on with
+# once. Each command is its own process, forked here, which continues with
 # the other patches and `main`. Loading anew takes 20 times as long.
 FORK = """
 import os
@@ -295,7 +295,7 @@ class Stage:
                 folder.chmod(folder.stat().st_mode | 0o011)
 
     def program(self, name: str, script: str) -> None:
-        """A program of the scenario's own, found first in PATH."""
+        """The scenario's own program, found first in PATH."""
         path = self.folder / "bin" / name
         path.write_text(script)
         path.chmod(0o755)
@@ -393,7 +393,7 @@ class Stage:
         return secret
 
     def mails(self, count: int, in_order: bool = True) -> None:
-        """Write down what sendmail was handed, when so many are there."""
+        """Record the mails given to sendmail, once there are `count`."""
         folder = self.folder / "mail"
         found = support.wait_until(
             lambda: len(list(folder.glob("[!.]*"))) >= count and sorted(
@@ -1250,7 +1250,7 @@ class Viewer:
 
 @contextlib.contextmanager
 def made_up_dashboard(stage: Stage):
-    """A dashboard with a history, whose clock stands still."""
+    """A dashboard with a history and a stopped clock."""
     with stage.dashboard(FROZEN) as house:
         house.set_up()
         viewer = Viewer(stage, house)

@@ -36,7 +36,7 @@ def mail_channel(dashboard):
 
 
 class Listener(http.server.BaseHTTPRequestHandler):
-    """Keeps what is posted, and answers as it is told."""
+    """Keeps the requests, and answers with `status`."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -1,4 +1,4 @@
-"""Command: what can be typed, beside a koid that answers from a table."""
+"""Command: what can be typed, next to a koid that answers from a table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ME = koitab.Machine().user_name(os.getuid())
 
 
 class Koid:
-    """A daemon that answers from its fields, and remembers what was asked.
+    """A daemon that answers from its fields, and records its requests.
     It stands in the place of Link."""
 
     def __init__(self):
@@ -103,7 +103,7 @@ def a_run(number: int = 1, **changes) -> dict:
 
 
 class Still:
-    """A clock that stands at Saturday 2026-03-28, 12:00:30 UTC."""
+    """A clock that is stopped at Saturday 2026-03-28, 12:00:30 UTC."""
 
     def now(self) -> float:
         return 1774699230.0
@@ -488,7 +488,7 @@ USUAL = {"N": "1", "How": "a", "Loud": "false", "a": "x", "a=b": "y"}
 
 @pytest.fixture
 def run(type_in, koid):
-    """`koitab run` beside a job that wrote some frames and ended."""
+    """`koitab run` next to a job that wrote some frames and ended."""
     koid.text = FORM
     ours, theirs = socket.socketpair()
 
@@ -1022,7 +1022,7 @@ def imported(type_in, monkeypatch):
 
 
 def live(text: str) -> list[str]:
-    """The lines that are no comment."""
+    """Return the lines that are not comments."""
     return [line for line in text.splitlines()
             if line and not line.startswith("#")]
 

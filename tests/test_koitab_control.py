@@ -21,7 +21,7 @@ OTHER = 4_000_000_001           # a uid that is neither ours nor root's
 
 
 class Host(koitab.Machine):
-    """A machine with users of our choice, and nobody shut out."""
+    """A machine with users that the test chooses, none excluded."""
 
     NAMES = ("alice", "mallory", "root")
     shut_out = ""
@@ -72,7 +72,7 @@ def desk(tmp_path):
 
 
 def add_runs(desk, user: str, count: int) -> None:
-    """So many runs of one job."""
+    """Add `count` runs of one job."""
     duty = desk.registry.scheduled_jobs[0]
     key = desk.store.job_key((user, duty.identity), duty.job)
     assert desk.store.write([
@@ -245,8 +245,8 @@ RIGHT = {
 @pytest.mark.parametrize("field", RIGHT)
 @pytest.mark.parametrize("value", WRONG, ids=repr)
 def test_field_of_another_type_is_refused(desk, monkeypatch, field, value):
-    """null is no string, true no number, and what SQLite cannot hold is no
-    number either."""
+    """null is not a string; true, and what SQLite cannot store, not a number.
+    """
     monkeypatch.setitem(koitab.OPERATIONS, "list", lambda *_: {"ok": 1})
     right = any(value == good and type(value) is type(good)
                 for good in RIGHT[field])
@@ -803,7 +803,7 @@ def test_tab_names_exclude_files_left_by_editors_and_packages(tmp_path):
 
 
 def test_problem_of_a_tab_is_reported_until_it_is_fixed(desk):
-    """Also when another tab changes meanwhile."""
+    """Even if another tab changes in between."""
     tabs = os.path.join(desk.home, "tabs")
 
     def write(user: str, text: str) -> None:

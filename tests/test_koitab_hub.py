@@ -1,4 +1,4 @@
-"""Hub: what hosts tell is kept once, whole, and shown as it is."""
+"""Dashboard: what hosts send is stored once, completely, and shown."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_disk_error_ends_all_writes_and_reads_continue(dashboard, monkeypatch):
     assert "I/O" in dashboard.dashboard.broken
     with pytest.raises(Error):
         dashboard.do(lambda db: 1)
-    assert dashboard.ask(lambda db: 1) == 1     # reads go on
+    assert dashboard.ask(lambda db: 1) == 1     # reads continue
 
 
 def test_full_disk_gives_507_until_there_is_room(dashboard, monkeypatch):
@@ -629,7 +629,7 @@ def test_newer_of_two_koids_with_one_host_id_is_accepted(dashboard, web1):
     with refused(409):
         dashboard.sync(web1, instance="2000-aaaaaaaa")
     dashboard.pass_time(700)
-    dashboard.sync(web1, instance="2000-aaaaaaaa")      # the other is no more
+    dashboard.sync(web1, instance="2000-aaaaaaaa")      # the other has ended
     assert dashboard.state["hosts"][0]["state"] == "up"
 
 
@@ -815,7 +815,7 @@ def test_a_run_has_an_outcome_code_and_its_job_a_state(
 
 def test_run_history_bar_shows_the_last_ninety_runs_oldest_first(
         dashboard, web1):
-    assert dashboard.state      # so that it is kept up, not read anew
+    assert dashboard.state      # so that it is updated, not read again
     dashboard.runs(web1, *[dashboard.record(exit=number % 2)
                            for number in range(100)])
     recent = dashboard.job()["recent_runs"]

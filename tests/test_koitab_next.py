@@ -1,4 +1,4 @@
-"""Command: koitab next, koitab -T, and what is no command at all."""
+"""Command: koitab next, koitab -T, and wrong usage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CASES = Path(__file__).parent / "cases"
 
 
 class Still:
-    """A clock that stands."""
+    """A stopped clock."""
 
     def __init__(self, text: str):
         self.at = datetime.datetime.fromisoformat(text).timestamp()

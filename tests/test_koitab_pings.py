@@ -328,7 +328,7 @@ def test_recent_runs_of_a_check_have_their_results(dashboard, check):
     ({}, [("log", 0, "new"), (None, 99 * DAY, "new")]),
     ({"period": 60, "grace": 60}, [("success", 0, "up"), (None, 119, "grace"),
                                    (None, 1, "down")]),
-    # a limit of its own for the start: the run may last as long as it may
+    # its own limit for the start: the run may last as long as it may
     ({"start_within": 600, "run_limit": 6 * HOUR}, [
         ("success", 0, "up"), (None, DAY + 599, "grace"), (None, 1, "down")]),
     ({"start_within": 600, "run_limit": 6 * HOUR}, [

@@ -121,7 +121,7 @@ def test_bytes_that_are_not_utf_8_are_stored_in_a_job(store):
 
 
 # ==========================================================================
-# Numbers go on, old runs go
+# Numbers continue, old runs go
 # ==========================================================================
 
 def test_no_number_is_given_twice(store, path):

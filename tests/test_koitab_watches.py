@@ -1,4 +1,4 @@
-"""Watches: what is wrong is told once, and once more when it is over."""
+"""AlertRules: begin and end of a problem are notified once each."""
 
 from __future__ import annotations
 
@@ -351,7 +351,7 @@ def test_host_that_never_connected_is_new_and_not_down(dashboard):
 
 
 def test_check_of_a_host_just_after_a_restart_raises_no_alert(dashboard, web1):
-    """The dashboard was restarted: nobody can have been heard of."""
+    """The dashboard was restarted: no host can have connected yet."""
     dashboard.clock.time += DAY
     reopened = dashboard.reopen()
     reopened.do(reopened.dashboard.rules.check_host, HOST, reopened.now)
@@ -369,7 +369,7 @@ def test_hosts_have_time_to_reconnect_after_a_restart(dashboard, web1):
     assert reopened.take_notifications() == ["web1 is down"]
     more = reopened.reopen()
     more.pass_time(200)
-    assert more.take_notifications() == []        # it was told
+    assert more.take_notifications() == []        # it was notified
     assert more.state["hosts"][0]["state"] == "down"
 
 
@@ -480,7 +480,7 @@ def test_job_alerts_after_its_third_failure_in_a_row(dashboard, web1):
     fails = dashboard.record(exit=1), dashboard.record(exit=1)
     dashboard.runs(web1, *fails)
     assert kinds(dashboard) == [] and dashboard.job()["state"] == "failed"
-    dashboard.runs(web1, dashboard.record())            # it begins anew
+    dashboard.runs(web1, dashboard.record())            # it begins again
     dashboard.runs(web1, dashboard.record(exit=1), dashboard.record(exit=1))
     assert dashboard.take_notifications() == []
     dashboard.runs(web1, dashboard.record(exit=1))

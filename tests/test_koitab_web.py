@@ -485,7 +485,7 @@ def test_length_of_the_compressed_state_reveals_no_secret():
 
 
 def test_name_of_a_check_reveals_no_uuid_by_the_length_of_the_state():
-    """Whoever has the ping key chooses the names of new checks."""
+    """Anyone with the ping key chooses the names of new checks."""
     uuids = [str(uuid.UUID(bytes=random.Random(seed).randbytes(16)))
              for seed in (7, 8)]
     right, wrong = (len(koitab.gzip_parts(koitab.state_parts({

@@ -680,7 +680,7 @@ def test_a_builtin_task_gets_storage_user_and_passwords(scratch, secrets):
 
 
 def test_builtin_task_runs_with_the_process_environment_of_a_script(scratch):
-    """Its own folder, session and environment, and nothing on stdin."""
+    """Its own directory, session and environment, and nothing on stdin."""
     scratch.storage("sync")
     scratch.builtin("mine", """
         import os, sys
@@ -733,7 +733,7 @@ ODD_TEXTS = [       # what run() says before it says that it is still here
 
 @pytest.fixture(scope="module")
 def odd_texts(tmp_path_factory):
-    """One run: each text is said by a task of its own."""
+    """One run: each text is said by its own task."""
     scratch = support.Scratch(tmp_path_factory.mktemp("texts"))
     scratch.env["LC_ALL"] = "C"
     for number, odd in enumerate(ODD_TEXTS):
@@ -1009,7 +1009,7 @@ def test_module_that_fails_to_load_fails_only_its_task(scratch):
 # ==========================================================================
 
 
-SECRET = "s3cr3t+(.*)$ & \\ ' \" pä'ss"    # and a number of its own
+SECRET = "s3cr3t+(.*)$ & \\ ' \" pä'ss"    # and its own number
 
 
 SAID = {            # what run() does with the value at once
@@ -1034,7 +1034,7 @@ SAID = {            # what run() does with the value at once
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """One run: each way to say a secret in a task of its own."""
+    """One run: each way to say a secret in its own task."""
     scratch = support.Scratch(tmp_path_factory.mktemp("said"))
     secrets = Pass(scratch)
     scratch.keep_mail()

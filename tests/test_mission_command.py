@@ -24,7 +24,7 @@ mission = support.load("mission")
 
 @pytest.fixture
 def typed(scratch, capsys, monkeypatch):
-    """typed("list", "-v") -> (exit status, stdout, stderr), in the folder
+    """typed("list", "-v") -> (exit status, stdout, stderr), in the directory
     of a configuration with three tasks, named as by default."""
     monkeypatch.chdir(scratch.folder)
     for name, value in scratch.env.items():
@@ -581,7 +581,7 @@ AWKWARD = "a b%c$d'e\"f\\g"
 
 @pytest.fixture
 def units(scratch, tmp_path):
-    """units(folder, uid) -> the units that a copy of mission in a folder
+    """units(folder, uid) -> the units that a copy of mission in a directory
     prints for the configuration there, as a user."""
     def write(folder, uid: int = os.geteuid(), file: str = "home.json",
               **env: str) -> dict:

@@ -106,7 +106,7 @@ def test_next_run_is_read_after_an_incomplete_line_of_any_length(journal):
 
 
 def test_history_of_an_earlier_version_is_read(journal):
-    """Its key was `verdict`, and its word for an undelivered mail another."""
+    """Its key was `verdict`, with another word for an undelivered mail."""
     journal.make_directory()
     for name, verdict in (("a", "trouble"), ("b", "failed")):
         old = {key: value for key, value in record(name).items()

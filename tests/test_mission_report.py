@@ -1,4 +1,4 @@
-"""Report: what happened, and how do we tell it?"""
+"""Report: what is reported of a run?"""
 
 from __future__ import annotations
 

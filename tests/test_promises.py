@@ -74,7 +74,7 @@ LONGEST_FUNCTION, WIDEST_LINE = 45, 79
 
 
 class Section:
-    """A section of a file: its row, its comment, the lines it stands on."""
+    """A section of a file: its row, its comment and its lines."""
 
     def __init__(self, match, text: str, end: int):
         self.name, self.question, self.touches = match.group(1, 2, 3)
@@ -126,7 +126,7 @@ def globals_of(table) -> set[str]:
 
 
 def uses(name: str):
-    """(line, names of the module that stand there)."""
+    """Yield (line, names of the module that are used there)."""
     for table in symtable.symtable(SOURCES[name], name, "exec"
                                    ).get_children():
         yield table.get_lineno(), globals_of(table)
@@ -221,7 +221,7 @@ def test_essay_names_only_existing_code():
     assert 50 < essay.count("\n") < 80
 
 
-# --- a section touches what it says, and uses what stands above it --------
+# --- a section touches what it says, and uses what is above it ------------
 
 
 def touching_names(name: str) -> set[str]:
@@ -299,7 +299,7 @@ def test_the_agents_program_uses_only_names_from_its_own_sections(
 
 @each_file
 def test_every_name_is_defined_exactly_once(name):
-    """Seen without running: a name that nobody defines is found at night."""
+    """Checked without a run: an undefined name fails only when it is used."""
     bound = {alias.asname or alias.name.split(".")[0]
              for node in TREES[name].body
              if isinstance(node, (ast.Import, ast.ImportFrom))

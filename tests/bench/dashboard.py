@@ -81,7 +81,7 @@ def seconds_of(pid: int) -> float:
 
 
 class Dashboard:
-    """`koitab dashboard` in a process of its own. `fill(koi, db)` puts into
+    """`koitab dashboard` in its own process. `fill(koi, db)` puts into
     its database what is to be there from the beginning, by SQL."""
 
     def __init__(self, args, folder: Path, fill=None, tls: bool = False):
@@ -200,7 +200,7 @@ def as_request(method: str, path: str, token: str = "", body: bytes = b""
 
 
 class Loader:
-    """One of this file's functions in a process of its own. It says one
+    """One of this file's functions in its own process. It says one
     line when it is ready (or done) and ends with our end of its stdin."""
 
     def __init__(self, deed, *values):
@@ -389,7 +389,7 @@ class Baseline(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def handle_error(self, _request, _address) -> None:
-        """Who asked has hung up."""
+        """Who asked has disconnected."""
 
     def keep(self, rows: list) -> None:
         with self.lock:
@@ -421,7 +421,7 @@ def load_pings(port: int, paths: list, wires: int, seconds: float) -> None:
 
 def load_fresh_pings(port: int, paths: list, threads: int, seconds: float
                      ) -> None:
-    """Each ping by a connection of its own, as curl sends it."""
+    """Each ping by its own connection, as curl sends it."""
     times, bad = [], []
     end = time.perf_counter() + seconds
 

@@ -8,7 +8,7 @@ deeds in turn (A B A B ...), or of daemons one after the other. Each row says
 what is wanted and what was measured; nothing here fails. What can be had of
 cronsim, croniter, croniter-rs and yacron (PyPI), cron (as installed), cronie
 and busybox-static (Debian, unpacked) and supercronic (PATH, or by `go
-install`) is put into a scratch folder; the output says what could not.
+install`) is put into a scratch directory; the output says what could not.
 
     next      200 expressions, 100 starts each, against the libraries
     idle      a daemon with 1,000 entries of which none comes: memory,
@@ -19,7 +19,7 @@ install`) is put into a scratch folder; the output says what could not.
               Then one job among 1,000 and 5,000 that are not due
     claim     what KOI_ONE_OF adds to the lateness of a start, with one
               member of etcd on this machine, and to the processor time
-    hold      what watches a job that goes on: its memory, for 1 job and
+    hold      what watches a job that continues: its memory, for 1 job and
               100; all daemons at the same time
     many      koid's memory over 10,000 runs
     gush      1 GB of output: time against `cat`, memory of what reads it
@@ -279,7 +279,7 @@ def children_seconds() -> float:
 
 # --- the daemons ----------------------------------------------------------
 
-# Cron knows no other folders, so it gets these for itself.
+# Cron knows no other directories, so it gets these for itself.
 CRON_ROOM = """\
 mount -t tmpfs -o mode=1730 tmpfs /var/spool/cron/crontabs
 mount -t tmpfs tmpfs /etc/cron.d
@@ -440,7 +440,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Bench:
-    """The peers that could be had, and a scratch folder for each start."""
+    """The peers that could be had, and a scratch directory for each start."""
 
     def __init__(self, folder: Path, peers: Peers, names, minutes: int):
         self.folder, self.peers, self.minutes = folder, peers, minutes
@@ -552,7 +552,7 @@ class Late(NamedTuple):
 
 
 def date_job(out: Path, number: int) -> str:
-    """The comment makes each a job of its own, for koi."""
+    """The comment makes each its own job, for koi."""
     return f"date +%s.%N >> {out} # {number}"
 
 
@@ -653,7 +653,7 @@ def claim(bench: Bench) -> None:
             f"minute; {len(shared.times):,} of {shared.due:,} starts")
 
 
-# --- hold: what watches a job that goes on? -------------------------------
+# --- hold: what watches a job that continues? -------------------------------
 
 
 def hold(bench: Bench) -> None:

@@ -8,7 +8,7 @@ koid         killed at each call of a life with a minute and @reboot due at
              its start, a run by hand, their ends and a stop
 supervisor   killed at each of its calls; koid with it, at every second one
 stall        a supervisor stopped at each of its calls, koid killed, a fresh
-             koid started, the supervisor let go on
+             koid started, the supervisor let continue
 
 Prints the counts, and each place that failed.
 """

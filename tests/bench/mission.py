@@ -50,7 +50,7 @@ LOOK = 0.02                     # s between two looks at a process's memory
 
 
 class Bench:
-    """A configuration in a folder, and the commands to be compared."""
+    """A configuration in a directory, and the commands to be compared."""
 
     def __init__(self, folder: Path, script: Path, python: str):
         self.folder, self.script, self.python = folder, script, python

@@ -119,7 +119,7 @@ def assert_whole(dashboard) -> None:
         "select acked from epochs")
     assert dashboard.rows('select max(p.n) = c.n from pings p, checks c') == [
         (1,)]
-    # Each failure after a success was told once, and its end once.
+    # Each failure after a success was notified once, and its end once.
     told = dashboard.rows(
         "select key from notifications where subject = 'job:1' order "
                           "by id")

@@ -788,7 +788,7 @@ def a_record(number: int, frames: bytes, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def told(server):
-    """The id of a run that a host has told all about, and its frames."""
+    """Return the ID and frames of a run that a host sent completely."""
     frames = frames_of("<script>alert(1)</script>\n", "needle\n",
                        "x" * 900_000, "\x1b[31mred\x1b[0m\n")
     host, token = "ab" * 16, "cd" * 32
@@ -1373,7 +1373,7 @@ def test_an_unknown_ping_is_refused_before_its_body_arrives(server):
 
 
 def test_longest_silent_connection_is_closed_for_a_new_one(tmp_path):
-    """Whoever has been silent for the longest time makes room."""
+    """The client that was silent for the longest time is disconnected."""
     with DashboardProcess(tmp_path,
                           patch="k.MOST_CONNECTIONS = 20") as found, silent(
             found.port, 60):

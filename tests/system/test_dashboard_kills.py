@@ -65,7 +65,7 @@ class Load:
             raise
 
     def more(self, counts: dict[str, bool], count: int) -> None:
-        """Wait until so many more of these were acknowledged."""
+        """Wait until `count` more of these were acknowledged."""
         count += sum(list(counts.values()))
         support.wait_until(
             lambda: self.faults or sum(list(counts.values())) >= count, 60,
@@ -167,7 +167,7 @@ def wait_for_all_runs(server: DashboardProcess, koid) -> list[dict]:
 
 
 def judge_runs(server: DashboardProcess, koid) -> int:
-    """Each run of koid's stands there once, with the same output."""
+    """Check that each run of koid is there once, with the same output."""
     runs = wait_for_all_runs(server, koid)
     there = server.rows("select n, id, state, exit, signal from runs")
     assert sorted(row[0] for row in there) == sorted(

@@ -53,7 +53,7 @@ def nginx_block_below_a_path() -> str:
     return found
 
 
-# {block} is the topic's, {folder} a directory of the proxy's own.
+# {block} is the topic's, {folder} the proxy's own directory.
 FRAMES = {"nginx": """
 pid {folder}/pid;
 error_log {folder}/log;

@@ -352,7 +352,7 @@ def test_ping_of_mission_is_shown_with_the_jobs(
     assert [ping["kind"] for ping in pings] == ["success", "start"]
 
 
-# Forty things that somebody tries, in five places each: 200.
+# Forty hostile texts, in five places each.
 TRIED = """\
 <script>pwned()</script>
 <img src=x onerror=pwned()>
@@ -419,7 +419,7 @@ MARKUP = """
 
 
 class Liar:
-    """A host whose every word is something that somebody tries."""
+    """A host whose every text is hostile."""
 
     def __init__(self, operator, at: int):
         self.operator, self.host, self.token = operator, f"{at:032x}", \
@@ -514,7 +514,7 @@ def second(tmp_path_factory):
 
 
 def unshown(browser, wanted: list[str]) -> list[str]:
-    """Which of these texts do not stand on the page, be it as text or in a
+    """Return which of these texts are not on the page, as text or in a
     field."""
     text = browser.js(
         "return document.querySelector('#main').textContent + [...document"
@@ -556,7 +556,7 @@ def test_hostile_text_in_any_field_of_a_run_is_shown_as_text(second, browser):
 
 def test_page_over_plain_http_derives_keys_without_crypto_subtle(
         server, web1_host, operator, browser):
-    """Where the browser offers none: there is no secure context."""
+    """The browser has no crypto.subtle without a secure context."""
     url = f"http://koi.test:{server.port}"
     assert f"koitab -d new {url}; then open {url}\n" in server.log()
     browser.open(f"{url}/#{operator.dash}", operator.password)
@@ -700,7 +700,7 @@ def test_request_held_by_a_killed_agent_is_sent_to_the_next_agent(second):
     body = second.request(liar.host, json.dumps(lie(1)))
     second.tell("requests", second.sealed(liar.host, body))
     assert len(liar.sync()["requests"]) == 1
-    assert liar.sync()["requests"] == []        # it has it, and is at it
+    assert liar.sync()["requests"] == []        # the agent has it already
     assert len(liar.sync(instance="1800000000000-00000002")["requests"]) == 1
 
 
@@ -746,7 +746,7 @@ class Firm:
         return self.operator.reply("POST", "requests", sealed)
 
     def answer(self, body: dict, sealed: dict | None = None) -> dict:
-        """Post it; the verdict, as GET /requests/NONCE gives it."""
+        """Post it; the result, as GET /requests/NONCE gives it."""
         reply = self.post(sealed or self.operator.sealed(body["host"], body))
         assert reply.status == 202, reply
         return self.operator.verdict(body["nonce"])
@@ -759,7 +759,7 @@ class Firm:
                     "queued", "running")], 20, "all runs to end")
 
     def rows(self, statement: str, *values) -> list:
-        """Change the dashboard's database, as who has broken into it."""
+        """Change the dashboard's database, as an attacker would."""
         self.server.stop()
         db = sqlite3.connect(self.server.db)
         with db:
@@ -787,11 +787,11 @@ def test_signed_request_runs_once_and_its_run_is_reported(firm):
     assert firm.ran(body["nonce"]) == 1
 
 
-def forged(firm, body):     # by one who has the dashboard, and not the key
+def forged(firm, body):     # without the key
     return firm.operator.sealed(body["host"], body, key=b"k" * 32)
 
 
-def altered(firm, body):    # one letter of what was signed
+def altered(firm, body):    # one character of the signed text
     sealed = firm.operator.sealed(body["host"], body)
     return {**sealed, "body": sealed["body"].replace('"do": "run"',
                                                      '"do" : "run"')}

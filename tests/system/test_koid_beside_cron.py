@@ -1,6 +1,6 @@
-"""koid beside Debian's cron: the same lines, the same clock, the same starts.
+"""koid next to Debian's cron: the same lines, the same clock, the same starts.
 
-Both daemons run in a namespace of the test's own, under one clock that
+Both daemons run in the test's own namespace, under one clock that
 stands still until the test sets it to another minute (clockwork.py). So each
 start belongs to one minute, and nothing needs to be tolerated.
 """
@@ -166,7 +166,7 @@ def play(folder: Path, name: str, program: Path = KOID) -> dict:
 
 
 class Comparison:
-    """What cron started in a scene beside what somebody else started, each
+    """What cron started in a scene next to what somebody else started, each
     as pairs of line and instant."""
 
     def __init__(self, name: str, cron: list, koid: list):

@@ -61,7 +61,7 @@ ENTER = ["-m", "-u", "-i", "-n", "-p", "-r", "-w"]
 
 
 def make_cgroup() -> Path:
-    """A group of the test's own in the unified hierarchy. Skip where there
+    """The test's own group in the unified hierarchy. Skip where there
     is none, or where none can be made: a container without delegation."""
     for line in Path("/proc/mounts").read_text().splitlines():
         device, place, kind = line.split()[:3]
@@ -80,7 +80,7 @@ def make_cgroup() -> Path:
 
 
 class Computer:
-    """A machine that can be booted again. It has a network of its own, with
+    """A machine that can be booted again. It has its own network, with
     loopback alone, or that of another computer, which runs."""
 
     def __init__(self, folder: Path, network: Computer | None = None):

@@ -19,7 +19,7 @@ CHANGE_TO_SUMMER, CHANGE_TO_WINTER = 1_774_746_000, 1_792_890_000
 
 
 def one_group(folder, base: float, minutes: int, jobs: list, seed: int):
-    """Return what was recorded of a cluster with faults, and the verdict."""
+    """Return what was recorded of a cluster with faults, and the result."""
     group = Group(folder, base, seed)
     print(f"seed {seed}")
     try:

@@ -266,7 +266,7 @@ def kill_dashboard(host: EmbeddingHost) -> None:
 
 
 def is_free(port: int) -> bool:
-    """Does nobody listen at the port?"""
+    """Whether no process listens on the port."""
     with contextlib.suppress(OSError):
         koitab.socket.create_server(("127.0.0.1", port)).close()
         return True
@@ -370,7 +370,7 @@ def test_recipient_that_is_not_a_single_address_gets_no_mail(to):
 
 @pytest.fixture
 def taken_over(tmp_path, monkeypatch):
-    """koid's end of a dashboard that somebody took over. No mail is sent."""
+    """koid's side of a compromised dashboard. No mail is sent."""
     clock = koitab.Clock()
     lines = []
     machine = koitab.Machine(clock)

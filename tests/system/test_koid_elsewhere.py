@@ -278,7 +278,7 @@ def test_any_exception_makes_a_run_unstartable(tmp_path, where, bug):
 
 def test_a_run_without_a_lock_is_adopted_on_linux(tmp_path):
     """An earlier koid started it, or the file system has no locks: the
-    supervisor's PID and its start are known all the same."""
+    supervisor's PID and its start are known anyway."""
     koi = support.Koi(tmp_path)
     koi.patch = "assert k.is_supervised\nk.is_supervised = lambda *_: False\n"
     koi.tab('"it" @manual sleep 600\n')

@@ -2,7 +2,7 @@
 
 What holds each time: what was acknowledged is in the history, nothing was
 executed twice, what koid cannot account for is called interrupted, and the
-schedule goes on. What a job appends to `truth` is what was executed.
+schedule continues. What a job appends to `truth` is what was executed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def executed(koi, count: int = 1, seconds: float = 20) -> list[int]:
 
 
 def refused(koi, job: str) -> str:
-    """Why a job is not run when somebody asks for it."""
+    """Return why a request to run a job is refused."""
     with pytest.raises(koitab.Error) as error:
         koi.launch(job)
     return error.value.message
@@ -234,7 +234,7 @@ def test_run_not_begun_before_a_restart_begins_soon_or_never(
 
 def test_sigterm_ends_koid_at_once_but_no_job(koi, clock, gate):
     koi.tab(f'{QUIET}"slow" @manual {gate.wait}; {keep(koi)}; exit 7\n')
-    clock.start(NOON)           # it stands: koid does not wait for a time
+    clock.start(NOON)           # a stopped clock: koid does not wait
     run = koi.launch("slow")
     job = koi.running(run).job
     assert koi.stop(signal.SIGTERM) == 0
@@ -263,7 +263,7 @@ def start_and_stop(self):
 k.Scheduler.start_queued = start_and_stop
 """
     koi.tab('"job" @manual true\n')
-    clock.start(NOON)           # it stands: no time that is due wakes koid
+    clock.start(NOON)           # the clock is stopped: no due time wakes koid
     file.touch()
     koi.daemon.send_signal(signal.SIGCHLD)
     assert koi.daemon.wait(30) == 0
@@ -407,7 +407,7 @@ def starts(koi, job: str) -> list[tuple]:
 
 def test_starts_during_a_suspend_of_eight_hours_are_recorded_as_missed(
         koi, clock):
-    # At the wake-up the wall has moved on, and the ticks have not.
+    # At the wake-up the wall clock has advanced, and the ticks have not.
     koi.tab(f'{QUIET}"hourly" 0 * * * * {keep(koi)}\n'
             f'"daily" 0 15 * * * {keep(koi)}\n'
             f'"five" */5 * * * * {keep(koi)}\n')
@@ -449,7 +449,7 @@ def test_clock_set_forward_an_hour_makes_each_fixed_start_once(koi, clock):
     for minute in range(1, 12):
         clock.elapse_to(NOON + HOUR + minute * MINUTE)
         clock.seen()
-    # A fixed time that was leapt over is made up for, once; */5 is not.
+    # A fixed time that was skipped is made up for, once; */5 is not.
     koi.ended("five", 2)
     koi.ended("half")
     assert [count for *_, count in starts(koi, "half")] == [1]
@@ -916,7 +916,7 @@ def test_unreadable_tab_keeps_running_in_its_last_version(
     support.need("strace")
     tab = koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
     path = tab if what == "the tab" else tab.parent
-    # The first look is good; the folder is also opened to be watched.
+    # The first look is good; the directory is also opened to be watched.
     first = {("openat", "the folder"): 3, ("getdents64", "the folder"): 3,
              ("read", "the tab"): 3}.get((calls, what), 2)
     koi.start(wrap=failing(calls, error, f"{first}+", path))
@@ -971,7 +971,7 @@ def test_failed_fsync_is_not_repeated(koi):
         acked = koid_kills.by_hand(koi, "job")
         koid_kills.end(koi.daemon)
         lines = trace.read_text().splitlines()
-        # Of a folder's sync SQLite does not mind the failure.
+        # Of a directory's sync SQLite does not mind the failure.
         failed = [at for at, line in enumerate(lines) if "INJECTED" in line
                   and line.partition(")")[0] in "".join(lines[:at])]
         # After it no run's file is removed: it may be all that there is.
@@ -1061,7 +1061,7 @@ def test_job_whose_fork_fails_is_started_again(koi):
 
 
 def callers(koi, count: int) -> list:
-    """Visitors who say nothing."""
+    """Return clients that connect and send nothing."""
     found = []
     for _ in range(count):
         found.append(socket.socket(socket.AF_UNIX))
@@ -1101,7 +1101,7 @@ def test_a_koid_without_descriptors_starts_and_ends_its_jobs(koi, clock):
 
 def test_silent_clients_do_not_block_other_clients(koi, clock):
     koi.tab(f'{QUIET}"job" @manual {keep(koi)}\n')
-    clock.start(NOON)           # it stands: they are not sent away
+    clock.start(NOON)           # stopped: they stay connected
     silent = callers(koi, 300)
     assert koi.run("job")[3]["exit"] == 0
     for caller in silent:
@@ -1253,7 +1253,7 @@ def history(koi, clock, old_history):
 
 
 def carries_on(koi, clock) -> None:
-    """The schedule goes on, and jobs can be run: at once, or after koid has
+    """The schedule continues, and jobs can be run: at once, or after koid has
     ended with a word, as systemd starts it again."""
     for last in (False, False, True):
         before = len(truth(koi))

@@ -281,7 +281,7 @@ def make_certificates(folder) -> None:
 @pytest.fixture(scope="module")
 def secure(tmp_path_factory):
     """A member with TLS, client certificates and authentication, where the
-    user koi may use its own keys alone: its folder and its URL."""
+    user koi may use its own keys alone: its directory and its URL."""
     support.need("etcd", "openssl")
     folder = tmp_path_factory.mktemp("secure")
     make_certificates(folder)

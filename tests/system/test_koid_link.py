@@ -47,7 +47,7 @@ def dashboard():
 
 @pytest.fixture
 def linked(koi, dashboard):
-    """A koid that belongs to the dashboard."""
+    """A koid that joined the dashboard."""
     koi.tab(TAB.replace("'%s|'", r"'\%s|'"))
     lying_dashboard.belong(koi, dashboard.url)
     koi.start()
@@ -763,7 +763,7 @@ for n in range({count}):
 
 
 def test_agent_that_ignores_signals_is_killed_for_new_keys(hostile, dashboard):
-    """New keys have a new child, whatever the old one is at."""
+    """New keys get a new agent, whatever the old one is doing."""
     hostile.begin("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))")
     first = child_of(hostile)
     lying_dashboard.belong(hostile, dashboard.url)

@@ -1,4 +1,4 @@
-"""How koid runs a job: what it gets, what is kept of it, and who is told.
+"""How koid runs a job: its environment, its records, and notifications.
 
 Real jobs of a real koid. Where a test has to wait for a job, or a job for
 the test, there is a fifo between them.
@@ -34,7 +34,7 @@ NOTE, STDOUT, STDERR, END = range(4)
 # ==========================================================================
 
 def raw_tab(koi, text: str, user: str | None = None) -> None:
-    """A tab as it stands: koi.tab takes the margin off."""
+    """Write a tab unchanged; koi.tab removes the indentation."""
     koi.tab("", user).write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
@@ -82,7 +82,7 @@ class Frames:
 
 
 class Fifo:
-    """A job that reads a line from it waits until it is told to go on."""
+    """A job that reads a line from it waits until it is asked to continue."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -313,7 +313,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def test_job_inherits_no_process_state_from_koid(koi):
-    """A umask, a session and a group of its own, no terminal, three
+    """A umask, its own session and group, no terminal, three
     descriptors, no signal blocked or ignored."""
     command = ABOUT.replace("\n", " ")
     raw_tab(koi, f'"about" @manual {command}\nSHELL={koi.python}\n"mask" '
@@ -504,8 +504,8 @@ def test_fast_output_can_be_read_while_it_is_written(koi):
 
 def test_process_left_by_a_job_survives_and_does_not_keep_the_run_active(
         koi, fifo, tmp_path):
-    """It may write as much as it likes: nobody reads it, and it is not
-    hurt. The pipe has room for 64 KB."""
+    """It can write more than the 64 KB of the pipe, which has no reader, and
+    is not killed."""
     koi.set_constants(LINGER=0.1)
     serving(koi, f'"it" @manual (trap "" HUP; {fifo.wait}; head -c 300000 '
             f'/dev/zero; echo $? > {tmp_path}/left) & echo done\n')
@@ -856,7 +856,7 @@ SECRET = "hunter2-Zw%9"
 
 
 def in_files(koi, text: str) -> list[str]:
-    """The files of koid's in which this stands."""
+    """The files of koid that contain this text."""
     return [str(path) for path in [*koi.home.rglob("*"), koi.said]
             if path.is_file() and text.encode() in path.read_bytes()]
 
@@ -1042,12 +1042,12 @@ def test_tab_edited_by_hand_is_in_force_by_the_next_minute(koi):
     taken("written")
     with open(path, "a") as tab:
         tab.write('"appended" @manual echo\n99 * * * * a fault\n')
-    taken("written", "appended")                # a fault drops its line
+    taken("written", "appended")                # an error drops its line
     assert any(":3:1: bad minute" in text
                for text in koi.ask("status")["problems"])
     koi.tab('"renamed" @manual echo\n')                     # as vi does
     taken("renamed")
-    path.chmod(0o666)                   # now anybody may have written it
+    path.chmod(0o666)                   # now others can write it
     wait_until(lambda: koi.ask("status")["problems"], 60, "the mode")
     assert koi.names() == []
     path.chmod(0o600)
@@ -1058,7 +1058,7 @@ def test_tab_edited_by_hand_is_in_force_by_the_next_minute(koi):
 
 def test_queued_run_keeps_its_values_when_the_arguments_of_its_job_change(
         koi, fifo, tmp_path):
-    """It begins as it was asked for, or it is told why not."""
+    """It begins as requested, or the reason is recorded."""
     tab = (f'KOI_OVERLAP=queue\n"it" @manual [ -e {tmp_path}/on ] || {{ '
            f'touch {tmp_path}/on; {fifo.wait}; }}; echo {{{{A}}}}\n'
            '"other" @manual echo other\n')
@@ -1123,7 +1123,7 @@ def post(koi, host, sink):
 
 
 def mailed(koi, sink, count: int) -> list:
-    """The letters, when nothing more is to be sent."""
+    """The mails, when no more of them wait."""
     wait_until(lambda: not koi.unfinished() and "due" not in marks(
         koi).values(), 60, f"the mail\n{koi.log()}")
     assert len(sink.letters) == count, (sink.subjects(), koi.log())
@@ -1254,7 +1254,7 @@ TEXTS = {
 
 @support.root_only
 def test_any_output_can_be_mailed(koi, post, tmp_path):
-    """What is no UTF-8 is replaced; all else arrives, in lines that a mail
+    """Invalid UTF-8 is replaced; all else arrives, in lines that a mail
     server takes."""
     lines = []
     for name, data in TEXTS.items():
@@ -1284,7 +1284,7 @@ def test_large_output_is_mailed_with_the_stored_head_and_tail(koi, post):
 
 @support.root_only
 def test_a_job_of_a_user_is_mailed_by_that_user(koi, host, tmp_path):
-    """sendmail is run as the one whose job it was, in his home, and gets
+    """sendmail is run as the one whose job it was, in their home, and gets
     nothing of koid's."""
     program = tmp_path / "sendmail"
     program.write_text(
@@ -1304,7 +1304,7 @@ def test_a_job_of_a_user_is_mailed_by_that_user(koi, host, tmp_path):
         ).splitlines()
     assert (who, where) == (ALICE, str(home))
     assert options == "-FCronDaemon -i -B8BITMIME -oem ops@koi.invalid"
-    # sh reads the folder at 3, and its script at 10.
+    # sh reads the directory at 3, and its script at 10.
     assert {"0", "1", "2"} <= set(map(os.path.basename, files.split())) <= {
         "0", "1", "2", "3", "10"}
     blank = rest.index("")
@@ -1319,7 +1319,7 @@ def test_a_job_of_a_user_is_mailed_by_that_user(koi, host, tmp_path):
 
 @support.root_only
 def test_mail_due_when_koid_was_killed_is_sent_by_the_next_koid(koi, post):
-    post.silent = True          # two letters get stuck, one waits
+    post.silent = True          # two mails hang, one waits
     raw_tab(koi, "".join(f'"n{number}" @reboot echo {number}\n'
                          for number in range(3)))
     koi.start()

@@ -200,7 +200,7 @@ def clock(town):
 
 @pytest.fixture
 def out(tmp_path):
-    """A folder into which everyone can write."""
+    """A directory into which everyone can write."""
     folder = tmp_path / "out"
     folder.mkdir()
     folder.chmod(0o1777)
@@ -254,7 +254,7 @@ HERS = '"Hers" @manual echo secret\n"Long" @manual sleep 600\n'
 
 @pytest.fixture
 def busy(town):
-    """alice has a tab, run 1 that has ended, and run 2 that goes on."""
+    """alice has a tab, run 1 that has ended, and run 2 that continues."""
     town.tab(HERS, ALICE)
     town.start()
     assert town.caller(ALICE).ask("run", job="Hers")["text"] == "secret\n"
@@ -632,7 +632,7 @@ print(json.dumps({
 
 @pytest.fixture
 def probe(tmp_path):
-    """A command that tells what it runs as."""
+    """Return a command that prints its user, groups and environment."""
     path = tmp_path / "probe.py"
     path.write_text(PROBE)
     path.chmod(0o644)
@@ -733,7 +733,7 @@ def test_job_starts_in_a_home_that_only_its_user_can_enter(town):
     ("/etc/passwd", "Not a directory")])
 def test_job_does_not_start_in_a_directory_its_user_cannot_enter(
         town, home, why):
-    """Somebody who goes there before he gives up root would be let in."""
+    """A process that changed there as root would be let in."""
     closed = town.folder / "of-root"
     closed.mkdir(mode=0o700)
     home = home.format(root=closed)
@@ -861,7 +861,7 @@ def test_supervisor_killed_by_its_user_interrupts_only_its_run(busy):
     run = busy.running(2)
     killed = busy.python_as(ALICE, "os.kill(int(sys.argv[1]), 9)",
                             str(run.supervisor))
-    os.kill(run.job, 0)         # the job goes on, and nobody sees to it
+    os.kill(run.job, 0)         # the job continues without a supervisor
     os.killpg(run.job, signal.SIGKILL)
     assert killed.code == 0, killed
     run = busy.ended("Long", user=ALICE)[0]
@@ -1662,7 +1662,7 @@ def test_status_reports_a_second_koid_of_the_user(town):
     assert koitab_as(town, ALICE, "status", **env).code == 0
 
 
-# --- beside cron: one of them runs
+# --- cron and koid: only one of them runs
 
 
 def test_cron_refuses_to_start_while_koid_serves_its_tabs(system):

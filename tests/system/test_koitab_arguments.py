@@ -30,7 +30,7 @@ SHOW = "#!/bin/sh\nprintf '%s\\0' \"$@\" >> \"${0%/*}/../seen\"\n"
 
 
 def job_of(command: str):
-    """The job of this command. Its line must be without a fault."""
+    """The job of this command. Its line must be without an error."""
     found = koitab.parse_tab(f"@manual {command}\n", root=True)
     assert [problem.text("tab") for problem in found.errors()] == []
     return found.jobs[0]
@@ -43,7 +43,7 @@ def is_warned_of(command: str) -> bool:
 
 
 class Room:
-    """A folder where jobs run. The program `show` notes its arguments, and
+    """A directory where jobs run. The program `show` notes its arguments, and
     `showv` the variable V."""
 
     def __init__(self, folder: Path):
@@ -95,7 +95,7 @@ def with_shells(cases: list):
 
 def in_parts(work, cases: list, folder: Path) -> int:
     """Have all cases done, by as many workers as there are processors, each
-    in a room of its own; the sum of what `work` returns."""
+    in its own room; the sum of what `work` returns."""
     many = os.cpu_count() or 1
     rooms = [Room(folder / str(number)) for number in range(many)]
     with ThreadPoolExecutor(many) as pool:
@@ -124,7 +124,7 @@ PAYLOADS = [
 
 # The template, and what `show` gets: {} stands for the value. "": only no
 # canary, for what `show` gets depends on the value. (So it does after a tilde
-# in zsh and ksh93, for which ~"" is a folder.)
+# in zsh and ksh93, for which ~"" is a directory.)
 TAKEN = {
     "a word": ("show {{v, text, }}", ["{}"]),
     "part of a word": ("show --to={{v, text, }}.x", ["--to={}.x"]),
@@ -264,7 +264,7 @@ def test_random_arguments_arrive_byte_for_byte(shell, room):
 
 QUOTES = "remove the quotes: koi quotes the value itself"
 ALONE = "make it a separate word of the command"
-REFUSED = [     # the command, where the placeholder stands, the mend
+REFUSED = [     # the command, where the placeholder stands, the fix
     ('show "Hi {{v}}"', "in double quotes", QUOTES),
     ("show 'Hi {{v}}'", "in single quotes", QUOTES),
     ("show $'Hi {{v}}'", "in $'..'", QUOTES),
@@ -504,7 +504,7 @@ class Grammar:
         return make(deep - 1)
 
     def slip(self, line: str) -> str:
-        """A letter too many, or one too few, or two parts changed over."""
+        """Insert or remove a character, or swap two parts."""
         at, to = sorted(self.dice.choices(range(len(line)), k=2))
         return self.one(line[:at] + line[at + 1:], line[:at] + self.one(
             *"'\"`$(){}[]\\ #;&|<>") + line[at:], line[:at] + line[to:]
@@ -767,7 +767,7 @@ def test_escaped_percent_in_a_default_is_a_percent():
 
 @pytest.fixture
 def koid(tmp_path):
-    """Runs koid in a home of its own; the command `koitab` for it."""
+    """Runs koid in its own home; the command `koitab` for it."""
     home = tmp_path / "koi"
     env = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8",
            "HOME": str(tmp_path), "KOI_HOME": str(home)}

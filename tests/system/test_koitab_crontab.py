@@ -1,5 +1,5 @@
-"""koitab as crontab(1) and beside a real koid: real processes, terminals,
-editors and signals, in a home of the test's own."""
+"""koitab as crontab(1) and next to a real koid: real processes, terminals,
+editors and signals, in the test's own home."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ME = pwd.getpwuid(os.geteuid()).pw_name
 
 
 class Terminal:
-    """A program on a terminal of its own: what it shows, what is typed."""
+    """A program on its own terminal: what it shows, what is typed."""
 
     def __init__(self, command: list[str], env: dict):
         self.pid, self.fd = pty.fork()
@@ -40,7 +40,7 @@ class Terminal:
             return True
         try:
             data = os.read(self.fd, 65536)
-        except OSError:         # Linux says EIO when nobody has it open
+        except OSError:         # Linux reports EIO when no process has it open
             data = b""
         self.shown += data.decode("utf-8", "replace").replace("\r\n", "\n")
         return bool(data)
@@ -364,7 +364,7 @@ def test_no_shell_reads_the_editor(koi):
         koi.env["EDITOR"] = editor
         done = koi.run("-e")
         assert done.code == 1
-        # "Permission denied": a folder in PATH is closed to this user.
+        # "Permission denied": a directory in PATH is closed to this user.
         assert "No such file or directory" in done.err \
             or "Permission denied" in done.err
         assert not (koi.folder / "stolen").exists()
@@ -396,7 +396,7 @@ def test_concurrent_edits_do_not_overwrite_each_other(koi):
     assert koi.drafts()[0].read_text() == DAILY + "@hourly mine\n"
 
 
-# --- run, beside a real koid ----------------------------------------------
+# --- run, with a real koid -------------------------------------------------
 
 JOBS = r'''[Jobs]
 "Out" @manual printf 'one\n'; printf 'two\n' >&2; exit 3

@@ -46,7 +46,7 @@ def ready(operator, web1_host):
 
 @pytest.fixture
 def loose(server, tmp_path):
-    """A machine that belongs to none, without a koid."""
+    """A machine that joined no dashboard, without a koid."""
     return DashboardHost(tmp_path, "loose")
 
 
@@ -61,7 +61,7 @@ def there(web1_host, operator, *words: str, stdin: str = "") -> support.Result:
                             stdin=f"{operator.password}\n{stdin}")
 
 
-# --- what is wrong is told before anything is done
+# --- errors are reported before anything is changed
 
 
 WRONG = [   # what is typed, a part of what is said, the status
@@ -316,7 +316,7 @@ def check_rotation(server, koid, operator) -> None:
                 [*koid.command(), "-d", "rotate"],
                 env=koid.env, input=operator.password.encode() + b"\n",
                 stdout=full, stderr=subprocess.PIPE, timeout=60)
-        # It is told before anything was changed.
+        # It is reported before anything was changed.
         assert b"1 other host must join again" in stopped.stderr
         assert operator.ask("state")["dash"]["id"] == operator.dash
         assert (koid.home / "keys").read_bytes() == keys
@@ -352,7 +352,7 @@ def test_hosts_that_have_not_joined_again_after_rotate_are_listed(tmp_path):
         assert "outdated" not in web1.koitab("-d", "show").out
 
 
-# --- a user who is not root, beside root's koid
+# --- an ordinary user, on a machine with root's koid
 
 
 @support.root_only
@@ -384,7 +384,7 @@ def test_run_on_another_host_behaves_like_a_local_run(web1_host, ready):
     # What ARG=- reads comes after the passphrase.
     done = there(web1_host, ready, "Pair", "One=1", "Two=-", stdin="hunter2\n")
     assert (done.code, done.out) == (0, "<1><******>"), done
-    done = there(web1_host, ready, "Asks")       # nobody is there to be asked
+    done = there(web1_host, ready, "Asks")       # no terminal to prompt on
     assert (done.code, done.out) == (0, "asked\n"), done
 
 
@@ -482,7 +482,7 @@ def test_exit_status_of_a_killed_run_is_its_signal(web1_host, ready):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     asked.stdin.write(ready.password.encode() + b"\n")
     asked.stdin.close()
-    assert asked.stdout.readline() == b"begun\n"    # while it goes on
+    assert asked.stdout.readline() == b"begun\n"    # while it continues
     run = web1_host.history(limit=1)[0]["run"]
     web1_host.ask("kill", run=run)
     assert asked.wait(20) == 128 + 15

@@ -34,7 +34,7 @@ def named(chowned) -> str:
 
 @pytest.fixture
 def arena(tmp_path, host):
-    """A folder that alice can reach (`host` opens the way to it)."""
+    """A directory that alice can reach (`host` opens the way to it)."""
     tmp_path.chmod(0o755)
     return tmp_path
 
@@ -51,7 +51,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def victim(tmp_path):
-    """A file of root's that stands outside the tree."""
+    """A file of root outside the tree."""
     path = tmp_path / "shadow"
     path.write_text("secret")
     path.chmod(0o600)
@@ -65,7 +65,7 @@ def untouched(victim) -> bool:
 
 
 def backup(alice, host, name: str = "backup", **options) -> Path:
-    """A folder below alice's home that a run of root's gives to her."""
+    """A directory below alice's home that a run of root's gives to her."""
     folder = host.home["alice"] / name
     folder.mkdir(parents=True)
     support.own(folder, ALICE)
@@ -125,7 +125,7 @@ class Hung(Exception):
 
 @contextlib.contextmanager
 def at_most(seconds: float):
-    """Raise Hung in the test after so many seconds."""
+    """Raise Hung in the test after `seconds`."""
     def stop(*_):
         raise Hung
 
@@ -453,7 +453,7 @@ def test_directory_with_files_of_a_third_user_is_refused(alice, host, depth):
 
 
 def dig(top: Path, levels: int) -> None:
-    """Folders of root's inside one another, deeper than a path can say."""
+    """Directories of root's inside one another, deeper than a path can say."""
     here = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
     for _ in range(levels):
         os.mkdir("d", dir_fd=here)

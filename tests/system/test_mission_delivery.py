@@ -1641,7 +1641,7 @@ def test_a_stopped_run_still_mails_and_pings_its_failure(scratch, sink, web,
 
 
 def test_signal_during_the_delivery_ends_the_delivery(scratch):
-    """The endpoint hangs; nobody waits for it after SIGTERM."""
+    """The endpoint hangs; mission does not wait for it after SIGTERM."""
     with servers.Web("hang") as web:
         pinging(scratch, web.url, timeout="40s", retries=9)
         scratch.task("one", "true")

@@ -243,7 +243,7 @@ def give(path: Path, uid: int, gid: int = 0, mode: int | None = None):
 
 
 INTRUDERS = {
-    # name -> what happens to the configuration file and its folder
+    # name -> what happens to the configuration file and its directory
     "mallory's": lambda path: give(path, MALLORY),
     "of mallory's group": lambda path: give(path, 0, MALLORY, 0o664),
     "of everyone": lambda path: give(path, 0, 0, 0o666),
@@ -258,7 +258,7 @@ INTRUDERS = {
 
 @pytest.fixture
 def deep(alice):
-    """alice's configuration two folders down, away from the tasks."""
+    """alice's configuration two directories down, away from the tasks."""
     folder = alice.folder / "etc" / "mission"
     folder.mkdir(parents=True)
     alice.path = folder / "mission.config.json"
@@ -291,7 +291,7 @@ def test_trust_decides_whether_the_user_may_own_the_configuration(
 
 
 LINKS = {
-    # name -> (link, its target) pairs, each below the scratch folder
+    # name -> (link, its target) pairs, each below the scratch directory
     "roots to a file of roots": (0, [("etc/link", "etc/mission/CONFIG")]),
     "in a folder of mallory's": (78, [("hers/link", "etc/mission/CONFIG")]),
     "over a link of mallory's": (78, [("etc/link", "hers/link"),

@@ -403,7 +403,7 @@ def test_git_uses_the_home_of_the_owner_and_nothing_of_root(
 
 @pytest.fixture
 def victims(tmp_path, host):
-    """A folder of root's with a secret in it."""
+    """A directory of root's with a secret in it."""
     folder = tmp_path / "victims"
     folder.mkdir()
     (folder / "secret").write_text("hush hush")

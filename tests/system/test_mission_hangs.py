@@ -66,7 +66,7 @@ def mounts():
 
 @pytest.fixture
 def night(scratch, mounts):
-    """A run with mail and ping; `hang(folder)` makes a folder hang."""
+    """A run with mail and ping; `hang(folder)` makes a directory hang."""
     with servers.Web() as served:
         scratch.mails = scratch.keep_mail(start=False)
         scratch.config["ping"] = {"enabled": True, "endpoint": served.url,
@@ -76,7 +76,7 @@ def night(scratch, mounts):
         scratch.host, scratch.served = mounts, served
 
         def hang(folder, stop: bool = True) -> subprocess.Popen:
-            """Let a folder hang. Calls to it cannot be killed."""
+            """Let a directory hang. Calls to it cannot be killed."""
             inner = scratch.make(f"{folder.name}.inner")
             lower = scratch.make(f"{folder.name}.lower")
             server = mounts.mount(lower, inner)

@@ -12,7 +12,7 @@ import support
 
 @pytest.fixture
 def installed(tmp_path):
-    """mission as `make install` leaves it, in a folder with a blank."""
+    """mission as `make install` leaves it, in a directory with a blank."""
     folder = tmp_path / "local bin"
     folder.mkdir()
     program = folder / "mission"

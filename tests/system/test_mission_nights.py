@@ -113,7 +113,7 @@ TASKS = [
 
 
 class Cluster:
-    """A PostgreSQL server with a database, in a directory of its own."""
+    """A PostgreSQL server with a database, in its own directory."""
 
     def __init__(self, folder: Path):
         self.bin = max(glob.glob("/usr/lib/postgresql/*/bin"), default="")

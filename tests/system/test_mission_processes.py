@@ -97,7 +97,7 @@ def test_task_starts_in_its_directory_in_a_new_session(scratch):
 
 
 def test_task_gets_only_its_three_standard_descriptors(scratch):
-    # ls itself opens the fourth, the folder it lists.
+    # ls itself opens the fourth, the directory it lists.
     scratch.task("open", "#!/usr/bin/env -S ls /proc/self/fd\n")
     scratch.write()
     with open(scratch.path) as secret:
@@ -147,7 +147,7 @@ PLANTED = ("import os\nopen(os.environ.get('CANARY', {canary!r}), 'w')"
 
 @pytest.fixture
 def planted(tmp_path):
-    """A copy of mission in a folder where somebody left Python modules."""
+    """A copy of mission in a directory with planted Python modules."""
     support.need("bash")
     folder, canary = tmp_path / "bin", tmp_path / "canary"
     folder.mkdir()

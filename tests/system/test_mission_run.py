@@ -41,7 +41,7 @@ def one_line(result) -> str:
 
 
 def bare(folder: Path, *args: str):
-    """mission without -c, in a folder."""
+    """mission without -c, in a directory."""
     done = subprocess.run([*MISSION, *args], cwd=str(folder), timeout=60,
                           env={"PATH": os.environ["PATH"],
                                "HOME": str(folder),
@@ -461,7 +461,7 @@ def test_invalid_script_fails_only_its_task(scratch):
         assert re.search(f"- {slug}: ", log_section(result.out, "Errors"))
 
 
-# Verdicts --------------------------------------------------------------------
+# Results ---------------------------------------------------------------------
 
 
 def broken_repository(scratch):
@@ -641,7 +641,7 @@ def test_new_makes_a_task_that_check_accepts(scratch):
     line = re.search(r"\{.*\"photos\".*\}", result.out)
     scratch.config["tasks"].append(json.loads(line[0]))
     assert scratch.mission("check").code == 0
-    # It fails until somebody has written it: no empty backup looks good.
+    # It fails until the user edits it, so no empty backup looks successful.
     fresh = scratch.mission("run", "-t", "photos")
     assert fresh.code == 1 and str(run) in fresh.out
     before = run.read_bytes()

@@ -86,7 +86,7 @@ def test_program_that_the_user_cannot_use_is_named(alice, kind, letter):
             in result.err)
 
 
-# --- what belongs to the user of a task stays so ---------------------------
+# --- files of the user of a task stay theirs -------------------------------
 
 
 @pytest.fixture
