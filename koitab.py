@@ -27801,11 +27801,11 @@ JOIN, SHOW, LEAVE
       connection is down or this host must join again.
   -d rotate
       Make a new passphrase and new keys. The dashboard refuses the old ones at
-      once. First it names the hosts that must join again; until they do,
-      no job can be run there, and the page and `-d show` list them. If the
-      old passphrase leaked, an attacker that also has the dashboard can run
-      jobs on a host with it until this host has joined again. Access tokens
-      stay valid.
+      once. First it names the hosts that must join again; until they do, no
+      job can be run there, and the page and `-d show` list them. If the old
+      passphrase leaked, an attacker that also has the dashboard can run jobs
+      on a host with it until this host has joined again. Access tokens stay
+      valid.
   -d token new NAME --role ROLE
       Make an access token, and print it, once.
   -d token list, -d token revoke NAME
@@ -27986,9 +27986,9 @@ HOSTS AND THEIR RUNS
 
 The agent of koid (koi-agent) connects to the dashboard. It is a new process
 without the host key and without rights: the user koi-agent, or uid 61171,
-where koid is root's. If it is frozen or silent for 70 seconds, koid kills it,
-reports that and starts it again. Whatever happens to the agent or the
-dashboard, jobs continue.
+where koid is root's. If it is frozen or does not answer for 70 seconds, koid
+kills it, reports that and starts it again. Whatever happens to the agent or
+the dashboard, jobs continue.
 
 The agent keeps one request open at the dashboard (up to 25 seconds), so a
 request for a run reaches the host at once, and it sends what is new, in the
@@ -28295,7 +28295,7 @@ PROMETHEUS
 PING_TOPIC = """\
 WHAT A CHECK IS
 
-A check watches a job that koid does not run: cron on another system, a backup
+A check monitors a job that koid does not run: cron on another system, a backup
 program, a sensor. The job requests a URL of the dashboard when it succeeds. If
 that does not happen in time, the check is down and raises an alert. The page
 makes checks, with a period or a cron schedule, and shows them next to the
@@ -28311,9 +28311,8 @@ changed:
     "ping": {"enabled": true, "endpoint":
              "https://koi.example.com:8077/ping/KEY/backup?create=1"}
 
-A watcher of the watcher: a job of koid can ping a check of another dashboard
-or of a service, and a job on another machine can ask /healthz of the
-dashboard.
+To monitor koi itself: a job of koid can ping a check of another dashboard or
+of a service, and a job on another machine can ask /healthz of the dashboard.
 
 ADDRESSES
 
@@ -28353,9 +28352,9 @@ STATES
 
 A check is new until its first ping, then up; it is in its grace time when a
 ping is late, and then down. /fail and an exit status that is not 0 put it down
-at once. A paused check is not watched. The grace time covers start and run, as
-in Healthchecks, unless the check has a start deadline (start_within) or a run
-own limit (run_limit).
+at once. A paused check is not monitored. The grace time covers start and run,
+as in Healthchecks, unless the check has a start deadline (start_within) or a
+run own limit (run_limit).
 
 Time in which the dashboard was down does not count. If the disk of the
 dashboard is full, a ping is answered with 503 and Retry-After.
@@ -28412,7 +28411,7 @@ passphrase. Tokens are in no URL. Requests with wrong keys are slowed down
   GET, POST /api/v1/tokens
       Access tokens.
   POST /api/v1/forget
-      Remove a host, or a job that is in no tab, with its runs.
+      Remove a host, or a removed job, with its runs.
   POST /api/v1/sync
       What hosts send and get. Its form may change with each version.
 
@@ -28509,7 +28508,7 @@ header X-Api-Key:
   GET, POST, DELETE /api/v3/checks/CHECK
       Read a check, change the fields in the request, delete the check.
   POST /api/v3/checks/CHECK/pause, /api/v3/checks/CHECK/resume
-      Stop and continue the watch. Resuming a check that is not paused is
+      Pause and resume the check. Resuming a check that is not paused is
       refused (409).
   GET /api/v3/checks/CHECK/pings/, /api/v3/checks/CHECK/pings/N/body
       Its pings, the newest first; what one has sent.
@@ -28709,10 +28708,10 @@ The supervisor becomes the user before it starts the job: groups, then gid,
 then uid. It checks each, and that it cannot become root again. If any of this
 fails, the job does not run.
 
-The job gets its home as the working directory, its own session, umask
-022, signals at their defaults, the file descriptors 0, 1 and 2 and no other,
-and cron's environment with USER, KOI_RUN and its arguments. What follows the
-first % of the command is its input.
+The job gets its home as the working directory, its own session, umask 022,
+signals at their defaults, the file descriptors 0, 1 and 2 and no other, and
+cron's environment with USER, KOI_RUN and its arguments. What follows the first
+% of the command is its input.
 
 What the tab says when a run starts is what runs. A run that waits (for the run
 before it, for a retry, for RANDOM_DELAY) is skipped if its job was removed, or
@@ -28753,8 +28752,8 @@ A job is known by its section and name, or without a name by its schedule and
 command. Equal lines are distinguished by the assignments in force, then by
 their order. A job that only got another name or section keeps its history,
 even if koid did not run when the tab was edited. A job without a name whose
-command changes is a new job: give it a name. Runs of a job that is in no tab
-any more are removed after 30 days, and history.db uses their space again.
+command changes is a new job: give it a name. Runs of a removed job are deleted
+after 30 days, and history.db uses their space again.
 
 PAUSE AND @AFTER
 
@@ -28815,8 +28814,8 @@ start while cron runs, nor cron while koid runs, and the start of one never
 stops the other. busybox's crond takes no lock: koid does not start while it
 runs, and `koitab status` reports one that was started later. Root's `koitab
 status` also reports crontabs that no daemon serves, as no cron runs and koid
-runs without --system; a user's reports their own koid that serves another
-tab. The switch does not run @reboot jobs again. `crontab -e` still works.
+runs without --system; a user's reports their own koid that serves another tab.
+The switch does not run @reboot jobs again. `crontab -e` still works.
 
 Or move the crontabs into koi's tabs, one user after the other. `koitab import`
 prints them; for root /etc/crontab and /etc/cron.d as well:
@@ -29283,7 +29282,7 @@ The page, badges and the API show these states:
       A job whose host is down.
   up, grace, down, paused
       A check: pinged in time; late but within its grace time; late, or a
-      failure was reported; not watched.
+      failure was reported; not monitored.
   up, down, left, duplicate
       A host: reports; was not heard from for 90 seconds; has left the
       dashboard; another host has the same host ID (a cloned machine).
