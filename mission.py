@@ -7552,6 +7552,15 @@ FILES
       The lock. No variable moves it. The lock of an account without a home
       directory is with its state.
 
+INSTALLING
+
+    install -m 0755 mission.py /usr/local/bin/mission
+
+Python 3.9 or newer with its whole standard library is all that mission needs.
+The first line of the file starts /usr/bin/python3 -IS. Change the path if
+Python is elsewhere, and keep -IS: it keeps the caller's PYTHON* variables, the
+directory of the script and site-packages out of the imports.
+
 DIFFERENCES FROM THE ORIGINAL
 
 mission replaces the program of the same name in Go. A configuration and its
