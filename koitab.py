@@ -18933,7 +18933,8 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
   border-radius: 8px; padding: 6px 0 10px; }
 .day h2 { padding: 12px 12px 4px; }
 .dayrow { display: grid; grid-template-columns: 200px 1fr;
-  align-items: center; min-height: 26px; }
+  align-items: center; min-height: 26px; content-visibility: auto;
+  contain-intrinsic-size: auto 26px; }
 .dayrow > a { padding: 0 8px 0 12px; overflow: hidden; font-size: 13px;
   text-overflow: ellipsis; white-space: nowrap; color: var(--ink); }
 .dayrow:hover { background: var(--hover); }
@@ -23390,10 +23391,10 @@ const isBadDay = ({ job, starts, isNow }) => countOf(starts, "fkium") > 0
 // The bars of a day, or of 6 hours of it, one row per job.
 class Day {
   constructor(from, to, hours, root) {
-    Object.assign(this, { from, to, hours, root });
+    Object.assign(this, { from, to, hours, root, drawn: new Map() });
     this.grid = el("div", { class: "day" });
-    this.table = el("details", { class: "astable" }, el("summary",
-      { text: "Show as a table" }));
+    this.table = el("details", { class: "astable", ontoggle: () =>
+      this.tabulate() }, el("summary", { text: "Show as a table" }));
     root.append(this.bar(), this.toolbar(), this.grid, this.table);
     this.resized = () => this.grid.clientWidth !== this.width && this.draw();
     addEventListener("resize", this.resized);
@@ -23517,7 +23518,7 @@ class Day {
   draw() {
     if (!this.rows || !this.grid.isConnected) return;
     const rows = this.filtered(), { text, host, state: wanted } = dayFilter;
-    this.tabulate(rows);
+    this.tabulate();
     if (!rows.length) {
       return this.grid.replaceChildren(empty(text || host || wanted
         ? "No jobs match the filter" : "Nothing ran, and nothing was due"));
@@ -23527,16 +23528,32 @@ class Day {
     let last = "";
     const nodes = [this.axis(width)];
     for (const row of rows) {
-      const { job, starts } = row, isBad = isBadDay(row);
-      const head = isBad ? "Failed, missed or late" : hostName(job.host);
+      const head = isBadDay(row) ? "Failed, missed or late"
+        : hostName(row.job.host);
       if (head !== last) nodes.push(el("h2", { text: head }));
       last = head;
-      nodes.push(el("div", { class: `dayrow ${isBad ? "is-bad" : ""}` }, link(
-        `#/job/${job.id}`, [job.label, isBad && muted(" ",
-          hostName(job.host))], { title: job.label }),
-      this.lane(job, starts, width)));
+      nodes.push(this.row(row, width));
     }
-    redraw(this.grid, () => nodes);
+    arrange(this.grid, nodes);
+  }
+
+  // Returns the element of a row, drawn again only if it differs.
+  row(row, width) {
+    const { job, starts } = row, isBad = isBadDay(row);
+    const isToday = now() > this.from && now() < this.to;
+    const seen = [width, isBad, job.label, job.next, hostName(job.host),
+      isToday && Math.floor(now() / 60), ...starts.map((start) =>
+        start.run + start.outcome + (start.end ?? ""))].join();
+    const drawn = this.drawn.get(job.id)
+      || { node: el("div", { class: "dayrow" }) };
+    if (drawn.seen !== seen) {
+      this.drawn.set(job.id, Object.assign(drawn, { seen }));
+      drawn.node.classList.toggle("is-bad", isBad);
+      redraw(drawn.node, () => [link(`#/job/${job.id}`, [job.label, isBad
+        && muted(" ", hostName(job.host))], { title: job.label }),
+      this.lane(job, starts, width)]);
+    }
+    return drawn.node;
   }
 
   x(at, width) {
@@ -23571,10 +23588,12 @@ class Day {
         || "nothing yet"}` },
     ({ outcome, at, end }) => tipWords(outcome, at, host, end && end - at),
     ({ run }) => run ? `#/run/${run}` : `#/job/${job.id}`);
-    const line = (at, kind) => svg("path", { class: kind,
-      d: `M${this.x(at, width)} -5v26` });
-    node.prepend(...this.hoursShown(width).map((at) => line(at, "hour")));
-    if (now() > this.from && now() < this.to) node.append(line(now(), "now"));
+    const lines = (kind, times) => svg("path", { class: kind, d: times.map(
+      (at) => `M${this.x(at, width)} -5v26`).join("") });
+    node.prepend(lines("hour", this.hoursShown(width)));
+    if (now() > this.from && now() < this.to) {
+      node.append(lines("now", [now()]));
+    }
     if (this.isNext(job)) {
       node.append(svg("path", { class: "tick",
         d: `M${this.x(job.next, width)} 2l4 6-4 6-4-6z` }, svg("title",
@@ -23583,10 +23602,12 @@ class Day {
     return node;
   }
 
-  // Shows the starts of these rows as a table, the earliest first.
-  tabulate(shown) {
-    const rows = shown.flatMap(({ job, starts }) => starts.map((start) =>
-      ({ ...start, job }))).sort((a, b) => a.at - b.at).slice(0, 2000);
+  // Shows the starts as a table, the earliest first, if it is open.
+  tabulate() {
+    if (!this.table.open || !this.rows) return;
+    const rows = this.filtered().flatMap(({ job, starts }) => starts.map(
+      (start) => ({ ...start, job }))).sort((a, b) => a.at - b.at)
+      .slice(0, 2000);
     this.table.replaceChildren(this.table.firstChild, table(["Start", "Job",
       "Host", "How", "Took"], rows.map(({ job, run, at, end, outcome }) => {
       const time = shortTime(at, hostOf(job));

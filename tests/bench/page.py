@@ -258,10 +258,10 @@ def push(args, folder: Path) -> None:
                      "document.querySelector('.dayrow')"),
                     ("back", "history.back()",
                      "document.querySelector('.row')"),
-                    ("the filter", "jobList.text.value = 'job 17'; jobList"
-                     ".text.dispatchEvent(new Event('input'))",
-                     "[...document.querySelectorAll('.row')].some((row) => "
-                     "row.hidden)")):
+                    ("the filter", "jobList.text.value = '--number 17'; "
+                     "jobList.text.dispatchEvent(new Event('input'))",
+                     "[...document.querySelectorAll('.row')].every((row) => "
+                     "row.textContent.includes('--number 17'))")):
                 timing = Timing(browser)
                 row(name + what, "", timing.step(begin, ready), timing.note())
 

@@ -1346,8 +1346,7 @@ def test_deletion_asks_by_name_and_a_push_does_not_take_the_question_away(
 @pytest.mark.parametrize("path, css", [
     ("by-hand", ".by-hand li:nth-child(4) .btn"),
     ("hosts", "tr:nth-child(3) .btn"),
-    ("alerts", ".alerts li:nth-child(3) [aria-haspopup]"),
-    ("day", ".dayrow:nth-of-type(4) .bars")])
+    ("alerts", ".alerts li:nth-child(3) [aria-haspopup]")])
 def test_push_leaves_the_focus_on_the_same_control(page, path, css):
     page.visit(path, css)
     page.js("const node = document.querySelector(arguments[0]); node.focus();"
@@ -1356,6 +1355,46 @@ def test_push_leaves_the_focus_on_the_same_control(page, path, css):
     page.js("app.changed({ all: true })")
     page.wait("!document.querySelector('#before')")
     assert focus_of(page) == focus
+
+
+def test_push_redraws_one_row_of_the_day_and_keeps_its_focus(page, stand_in):
+    world = stand_in.world
+    job = next(job for job in world.jobs.values()
+               if job["state"] == "ok" and job["next"])
+    recent, last = job["recent_runs"], job["last"]
+    page.visit("day", f".dayrow [href='#/job/{job['id']}'] + .bars")
+    # At the next minute, all rows are drawn for the line that shows the time.
+    page.js("""
+        const at = Date.now(), place = arguments[0];
+        window.realNow = Date.now;
+        Date.now = () => at;
+        document.querySelector(`[href="${place}"] + .bars`).focus();
+        window.redrawn = [];
+        window.observer = new MutationObserver((changes) => redrawn.push(
+            ...changes.filter(({target}) => target.matches(".dayrow")).map(
+                ({target}) => target.firstChild.hash)));
+        observer.observe(document.querySelector(".day"),
+                         {childList: true, subtree: true});""",
+            f"#/job/{job['id']}")
+    run = world.add_run(job, time.time() - 30, 5)
+    world.push(runs=[run])
+    try:
+        page.wait("redrawn.length")
+        assert page.js("observer.disconnect(); return [...new Set(redrawn)]"
+                       ) == [f"#/job/{job['id']}"]
+        assert page.js("return document.activeElement.previousSibling.hash"
+                       ) == f"#/job/{job['id']}"
+    finally:
+        page.js("Date.now = realNow")
+        del world.runs[run["id"]]
+        job.update(recent_runs=recent, last=last)
+
+
+def test_table_of_the_day_is_made_when_it_is_opened(page):
+    page.visit("day", ".dayrow .bars")
+    assert page.js("return document.querySelector('.astable table')") is None
+    page.click(".astable summary")
+    page.wait("document.querySelectorAll('.astable tbody tr').length > 9")
 
 
 def test_open_menu_closes_when_the_address_changes(page, stand_in):
