@@ -28618,7 +28618,8 @@ With root's koid. An ordinary user's own koid has the same names below
       The socket by which koitab calls koid.
   /var/lib/koi-dashboard/dashboard.db
       A dashboard of root: hosts, jobs, runs, output, checks, pings, requests
-      (SQLite, WAL, synchronous=FULL). /run/koi-dashboard has its socket.
+      (SQLite, WAL, synchronous=FULL). /run/koi-dashboard has its socket. An
+      ordinary user has dashboard.db in the state directory.
   dashboard.db.founding
       The founding token of a dashboard without a passphrase, next to its
       database.
@@ -28652,7 +28653,7 @@ ENVIRONMENT
   PAGER
       Where `koitab help` prints to on a terminal. Default: less, or cat.
   TZ
-      The time zone, for `koitab next --tab`.
+      The time zone, for `koitab next --tab FILE`.
   NOTIFY_SOCKET, JOURNAL_STREAM, RUNTIME_DIRECTORY
       Set by systemd for its units.
 

@@ -7590,9 +7590,9 @@ As root, mission refuses a configuration or a task that anyone but root and
 user.name can write, in the file itself or a directory above it: by its mode, a
 group, or an access control list (POSIX or NFSv4). A group is trusted if the
 host lists it and all its members are trusted; no group is if nsswitch.conf(5)
-takes users from SSSD or LDAP. With "trust": "root" only root is trusted. Use
-that if user.name must not be able to become root, because root runs what is in
-the tasks directory.
+takes users from SSSD or LDAP, which need not list all members: then use chmod
+g-w. With "trust": "root" only root is trusted. Use that if user.name must not
+be able to become root, because root runs what is in the tasks directory.
 
 STORAGES
 

@@ -8,6 +8,7 @@ import io
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -345,3 +346,54 @@ def test_there_is_a_topic_for_each_part_of_the_manual():
     assert " ".join(koitab.TOPICS) == (
         "tab arguments settings dashboard alerts ping api files behaviour "
         "security status")
+
+
+# --- what is typed ---------------------------------------------------------
+
+
+def typed_commands(text: str) -> list[list[str]]:
+    """Return the words of each command of koi's in the examples of a text
+    and in its `backticks`."""
+    blocks = "\n".join(block for block in text.split("\n\n")
+                       if block.startswith("    "))
+    lines = re.findall(r"^    (\S.*)$", blocks.replace("\\\n", " "), re.M)
+    lines += re.findall("`([^`]+)`", " ".join(text.split()))
+    found = []
+    for line in lines:
+        for part in re.split(r"&&|[|;<>](?![|\w-]*[\]=])|&$", line):
+            words = shlex.split(part, comments=True) if re.match(
+                r" *(sudo )?(koitab|koid) ", part + " ") else []
+            if words:
+                found.append(words[words[0] == "sudo":])
+    return found
+
+
+@pytest.mark.parametrize("topic", TEXTS)
+def test_every_command_in_a_topic_is_one_that_the_program_accepts(topic):
+    refused = []
+    for program, *words in typed_commands(TEXTS[topic]):
+        if re.fullmatch(r"-d [\w|]+|\[FILE\|-\]", " ".join(words)):
+            continue        # a usage line of koitab(1)
+        try:
+            options, rest = koitab.parse_arguments(
+                words, koitab.Machine(), program)
+            name, arguments = koitab.select_command(options, rest)
+            options.reject_others(koitab.COMMANDS[name].options, name)
+            koitab.check_arguments(name, arguments)
+        except koitab.Error as error:
+            if "missing argument" not in error.message:     # a mention
+                refused.append((program, *words, error.message))
+    assert refused == []
+
+
+def test_every_command_in_the_examples_of_the_help_is_accepted():
+    text = "\n".join(f"  {line}" for command in koitab.COMMANDS.values()
+                     for line in command.example_lines)
+    commands = typed_commands(text)
+    assert len(commands) > 40
+    for program, *words in commands:
+        options, rest = koitab.parse_arguments(words, koitab.Machine(),
+                                               program)
+        name, arguments = koitab.select_command(options, rest)
+        options.reject_others(koitab.COMMANDS[name].options, name)
+        koitab.check_arguments(name, arguments)
