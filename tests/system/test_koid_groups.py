@@ -252,24 +252,19 @@ def test_start_without_etcd_is_missed_until_etcd_names_the_host_that_ran_it(
 
 
 def make_certificates(folder) -> None:
-    """An authority's, the server's, and koid's, as the README makes them."""
-    for command in (
-            "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca "
-            "-keyout ca.key -out ca.pem",
-            "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=other "
-            "-keyout other.key -out other.pem",
-            "req -newkey rsa:2048 -nodes -subj /CN=h1 -keyout h1.key "
-            "-out h1.csr",
-            "x509 -req -in h1.csr -CA ca.pem -CAkey ca.key -CAcreateserial "
-            "-days 2 -extfile h1.ext -out h1.pem",
-            "req -newkey rsa:2048 -nodes -subj /O=koi -keyout koi.key "
-            "-out koi.csr",
-            "x509 -req -in koi.csr -CA ca.pem -CAkey ca.key -days 2 "
-            "-CAcreateserial -out koi.pem"):
-        (folder / "h1.ext").write_text("subjectAltName=IP:127.0.0.1")
-        done = subprocess.run(["openssl", *command.split()], cwd=folder,
-                              capture_output=True, timeout=60)
-        assert done.returncode == 0, done.stderr
+    """An authority's, the server's and koid's, by the commands of `koitab
+    help behaviour` for one host, and another authority's."""
+    block = re.search(r"^    openssl req -x509.*\n(?:    .*\n)+",
+                      koitab.topic_text("behaviour"), re.M)[0]
+    for before, after in (("h1 h2 h3", "h1"),
+                          ("DNS:%s' $h", "IP:127.0.0.1'")):
+        assert block.count(before) == 1
+        block = block.replace(before, after)
+    done = subprocess.run(["sh", "-ec", block + (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=other "
+        "-keyout other.key -out other.pem")], cwd=folder,
+        capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     for key in folder.glob("*.key"):
         key.chmod(0o600)
     (folder / "password").write_text("open sesame\n")
