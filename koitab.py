@@ -18604,7 +18604,7 @@ terminal.</noscript>
 <div id="announcer" class="away" aria-live="polite"></div>
 <div id="toast" role="status"></div>
 <div id="tip" role="tooltip" hidden></div>
-<div id="menu" popover></div>
+<div id="menu" popover role="dialog" aria-label="Actions"></div>
 <dialog id="shortcuts" aria-label="Keys"></dialog>
 <script>/* PAGE_JS */</script>
 </body>
@@ -19661,7 +19661,7 @@ function openMenu(anchor, items) {
 }
 
 const menuButton = (text, items, facts) => button(text, (event) =>
-  openMenu(event.currentTarget, items()), { "aria-haspopup": "true",
+  openMenu(event.currentTarget, items()), { "aria-haspopup": "dialog",
   ...facts });
 
 // One line of a menu: it closes the menu and does something.
@@ -20345,8 +20345,8 @@ const stream = {
     this.abort = null;
   },
 
-  // A browser has six connections to a server, for all tabs together. A tab
-  // that nobody sees closes its own, and asks again each 20 s or so.
+  // A browser has six connections to a server, for all tabs together. So a
+  // hidden tab closes its connection, and asks every 20 s or so.
   closeWhenHidden(reader, abort, seconds) {
     setTimeout(() => {
       if (!document.hidden || abort !== this.abort) return;
@@ -21048,7 +21048,7 @@ const runLink = (job) => linkButton(`#/job/${job.id}/run`,
 
 // --- snooze: no alerts about one thing, until a time -----------------------
 
-// What was snoozed since this view was opened stays where it is.
+// Subjects snoozed since this view was opened: their rows keep their place.
 const justSnoozed = new Set();
 
 const UNTIL_WELL = 2 ** 40;     // the end of such a snooze, as the API has it
@@ -21246,7 +21246,7 @@ class JobRow {
   constructor() {
     this.root = el("div", { class: "row", role: "row" });
     this.root.row = this;
-    this.link = el("a");        // it stays, because it has the focus
+    this.link = el("a");        // not made again: it may have the focus
   }
 
   // Draws the row again if its job, or how it is shown, has changed.

@@ -12,7 +12,10 @@ import support
 PASSWORD = page_server.PASSWORD
 RUN = """
     const {violations} = await axe.run(document,
-        {resultTypes: ["violations"]});
+        {resultTypes: ["violations"], rules: {
+            "label-content-name-mismatch": {enabled: true},
+            "target-size": {enabled: !document.querySelector(
+                "#menu:popover-open")}}});
     return violations.map(({id, impact, nodes}) => `${id} (${impact}) ${
         nodes.length}: ${nodes[0].html.slice(0, 200)}`);"""
 
@@ -94,6 +97,69 @@ def test_phone_has_large_targets_and_large_text_in_fields(page, stand_in):
                 found[path] = small
     finally:
         page.size(1280, 900)
+    assert found == {}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path, script, css", [
+    ("jobs", "document.querySelector('.why [aria-haspopup]').click()",
+     "#menu:popover-open"),
+    ("jobs", "showShortcuts()", "dialog[open]"),
+    ("alerts", "document.querySelector('.channels > div > .btn').click()",
+     ".channels form"),
+    ("alerts", "document.querySelector('.channels .danger').click()",
+     "#menu:popover-open"),
+    ("check/new", "document.querySelector('details').open = true",
+     "#c-slug"), ("day", "document.querySelector('details').open = true",
+                  ".astable table")])
+def test_axe_reports_no_violation_in_what_opens(page, stand_in, scheme, path,
+                                                script, css):
+    page.media(prefers_color_scheme=scheme)
+    page.visit("nowhere", "#main h1")
+    page.visit(path, dict(views(stand_in.world))[path])
+    try:
+        page.wait(f"(() => {{ try {{ {script}; return true; }}"
+                  " catch { return false; } })()")
+        page.find(css)
+        assert page.js(RUN) == []
+    finally:
+        page.js("document.querySelector('dialog').close(); "
+                "document.querySelector('#menu').hidePopover()")
+        page.media(prefers_color_scheme="light")
+
+
+# Borders of fields and buttons against what is around them (WCAG 1.4.11).
+EDGES = """
+const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+const light = (c) => c.slice(0, 3).map((v) => v / 255).map((v) => v <= 0.04045
+  ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, at) =>
+  sum + v * [0.2126, 0.7152, 0.0722][at], 0);
+const ground = (node) => {
+  for (; node; node = node.parentElement) {
+    const c = rgb(getComputedStyle(node).backgroundColor);
+    if (c.length === 3 || c[3] > 0.9) return light(c);
+  }
+};
+return [...document.querySelectorAll(".btn, select, textarea, input:not("
+  + "[type=checkbox])")].filter((node) => node.checkVisibility()
+  && !node.matches(".quiet, .primary, .zone select")).filter((node) => {
+  const a = light(rgb(getComputedStyle(node).borderTopColor));
+  const b = ground(node.parentElement);
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) < 3;
+}).map((node) => node.outerHTML.slice(0, 120));
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_borders_of_fields_and_buttons_have_a_contrast_of_3(page, stand_in,
+                                                            scheme):
+    page.media(prefers_color_scheme=scheme)
+    found = {}
+    for path, css in views(stand_in.world):
+        page.visit(path, css)
+        if faint := page.js(EDGES):
+            found[path] = faint
+    page.media(prefers_color_scheme="light")
     assert found == {}
 
 
