@@ -18394,6 +18394,19 @@ async def list_flips(api: Api, context: RequestContext) -> Response:
                             query.get("end", LARGEST_TIME))
 
 
+async def list_integrations(api: Api, context: RequestContext) -> Response:
+    """GET /api/v3/channels: what gets the alerts, without secrets."""
+    def encode(found: dict) -> Response:
+        return json_response({"channels": [
+            {"id": str(channel["id"]), "name": channel["target"],
+             "kind": {"mail": "email", "smtp": "email"}.get(
+                 channel["kind"], channel["kind"])}
+            for channel in found["channels"]]})
+
+    return await api.answer(api.dashboard.alerts.list_channels,
+                            context.principal.role, encode=encode)
+
+
 async def show_status(api: Api, context: RequestContext) -> Response:
     """GET /api/v3/status: OK, as /healthz."""
     return await show_health(api, context)
@@ -18509,6 +18522,7 @@ ROUTES = [Route(*row) for row in (
     ("GET", "/api/v3/checks/CHECK/pings/N/body", "checks", show_check_body),
     ("GET", "/api/v3/checks/CHECK/flips", "checks or viewer", list_flips,
      {"seconds": time_field, "start": time_field, "end": time_field}),
+    ("GET", "/api/v3/channels", "checks", list_integrations),
     ("GET", "/api/v3/status", "anyone", show_status))]
 # The paths of pings are not in the table: see match_ping.
 PING_ROUTES = {method: Route(method, "PING", "anyone", receive_ping,
@@ -28536,6 +28550,8 @@ header X-Api-Key:
   GET /api/v3/checks/CHECK/flips/
       When it went up or down; ?seconds=, or ?start= and ?end= in seconds since
       1970.
+  GET /api/v3/channels/
+      What gets the alerts: id, name and kind of each channel, and no secret.
   GET /api/v3/status/
       The same as /healthz.
 
@@ -28543,7 +28559,7 @@ A request may have name, slug, tags, desc, timeout, grace, schedule, tz,
 manual_resume, methods, channels and unique. These things differ from
 Healthchecks: a check needs a name; no two checks have the same slug; an
 unknown field is refused (400); every channel gets the alerts of every check,
-so channels may only be *. The token of a viewer reads checks: they have a
+so channels may only be *; there is no list of badges. The token of a viewer reads checks: they have a
 unique_key, which is valid as CHECK, and no address that pings.
 
 The Python package healthchecks-io works with this address:

@@ -260,6 +260,7 @@ seen, = [check for check in client(viewer).get_checks(tags=["pypi"])
          if check.name == made.name]
 found["viewer"] = [seen.uuid, len(seen.unique_key), seen.status, client(
     viewer).get_check(seen.unique_key).name]
+found["channels"] = [each.kind for each in api.get_integrations()]
 found["pause"] = api.pause_check(made.uuid).status
 found["delete"] = api.delete_check(made.uuid).name
 for name, error, act in (
@@ -275,8 +276,27 @@ print(json.dumps(found))
 """
 
 
+@pytest.fixture(scope="module")
+def channels(house):
+    """Two channels, of which one has a secret in its URL."""
+    for kind, target in (("mail", "ann@example.org"),
+                         ("webhook", "https://chat.example.org/hook/s3cret")):
+        made = house.ask("POST", "/api/v1/channels", {
+            "kind": kind, "target": target}, OPERATOR_TOKEN)
+        assert made.status == 200, made
+
+
+def test_channels_are_listed_without_what_may_be_secret(house, channels):
+    listed = call(house, "GET", "channels/").json["channels"]
+    assert all(isinstance(each.pop("id"), str) for each in listed)
+    assert listed == [{"name": "ann@example.org", "kind": "email"},
+                      {"name": "https://chat.example.org",
+                       "kind": "webhook"}]
+    assert call(house, "GET", "channels/", key=VIEWER_TOKEN).status == 403
+
+
 @pytest.mark.parametrize("version", [1, 2, 3])
-def test_client_from_pypi_works(house, version):
+def test_client_from_pypi_works(house, channels, version):
     if not PACKAGES.is_dir():
         support.absent("healthchecks-io is missing: make parts")
     done = subprocess.run(
@@ -290,7 +310,8 @@ def test_client_from_pypi_works(house, version):
         "ping": [True, "OK"], "pings": [[3, "fail"], [2, "success"],
                                         [1, "start"]],
         "flips": [0, 1], "recent": 2, "list": [name],
-        "viewer": [None, 40, "down", name], "pause": "paused",
+        "viewer": [None, 40, "down", name],
+        "channels": ["email", "webhook"], "pause": "paused",
         "delete": name, "gone": True, "key": True, "bad": True}
 
 
