@@ -29831,17 +29831,13 @@ def overview() -> str:
     """Return the text of `koitab --help`: at most 24 lines. The options of
     crontab(1) share one."""
     import textwrap
-    own = [name for name, command in COMMANDS.items()
-           if command.group == CRONTAB and name != "-"]
     rows, group = [], ""
     for name, command in COMMANDS.items():
         typed, text = usage_line(name).partition(" ")[2], command.help
-        if name in own[1:]:
+        if name == "-e":
+            typed, text = "-e, -l, -r, -T FILE", "edit, list, remove, test it"
+        elif command.group == CRONTAB and name != "-":
             continue
-        if name in own:
-            typed = ", ".join(own) + " FILE"
-            text = ", ".join(COMMANDS[each].help.split()[0]
-                             for each in own) + " a tab"
         heading = command.group if command.group != group else ""
         group = command.group
         rows.append(f"{heading:11}{typed:36}{text}\n")
