@@ -6276,8 +6276,10 @@ MOST_QUEUED = 100           # runs of one job that may wait
 MOST_ACTIVE = 500           # runs of a user who does not run koid
 WRITE_AGAIN = 5.0           # seconds until a full disk is tried again
 CHECK_AGAIN = 2.0           # seconds between checks of adopted runs
-MOST_MAILERS = 2
+MOST_MAILERS, MAILERS_OF_ONE = 3, 2     # sendmails at once; of one user
+MOST_MAILS = 1_000          # of one user that wait
 MAIL_TIME = 60              # seconds for a sendmail
+MAILER_TIME = MAIL_TIME + 15    # for the process that runs it
 LONGEST_MAIL_LINE = 900     # bytes of a line in a mail that is not encoded
 NOT_MAILED = "by hand"      # the state of the mail of such a run
 TRY_LATER = 75              # its status for that; the next koid does
@@ -6670,12 +6672,19 @@ class Planner:
 
 
 class CronMail:
-    """Mails about runs, as cron sends them: two sendmails at a time."""
+    """Mails about runs, as cron sends them: two sendmails of a user at a
+    time, the users in turn.
+
+    What sends a mail runs as its user, who can stop it: it is killed when it
+    takes too long, so that no user holds up the mails of others.
+    """
 
     def __init__(self, machine: Machine, store: RunStore, log: DaemonLog):
         self.machine, self.store, self.log = machine, store, log
-        self.queue: list[tuple] = []    # run, user, to, command, environment
-        self.mailers: dict[int, int] = {}   # pid -> run
+        # User -> mails, see `mail_of`. Who was served last comes last.
+        self.queues: dict[str, list[tuple]] = {}
+        # Pid -> run, user, and the ticks at which it is killed.
+        self.mailers: dict[int, tuple] = {}
 
     def mail_for(self, running: RunningRun, outcome: dict
                  ) -> tuple[tuple | None, str]:
@@ -6699,7 +6708,17 @@ class CronMail:
         if not safe_address(to):
             self.log.log(f"({user}) UNSAFE MAIL ({to})", bad=True)
             return None, "unsafe address"
+        if len(self.queues.get(user, ())) >= MOST_MAILS:
+            self.log.set_problem(f"mail {user}", f"more than {MOST_MAILS:,} "
+                                 f"mails of {user} wait for sendmail: later "
+                                 "ones are not sent")
+            return None, "too many mails"
         return mail, "due"
+
+    def add(self, mails: list[tuple]) -> None:
+        """Queue mails."""
+        for mail in mails:
+            self.queues.setdefault(mail[1], []).append(mail)
 
     def adopt(self, scheduled_jobs: dict) -> None:
         """Queue the mail that was due when the koid before us stopped."""
@@ -6707,25 +6726,51 @@ class CronMail:
             mail = mail_of(row["run"], row["user"], scheduled_jobs.get(
                 (row["user"], row["identity"])), row["label"])
             if mail[2] and safe_address(mail[2]):
-                self.queue.append(mail)
+                self.add([mail])
 
     def send_queued(self, host: dict) -> None:
-        """Start sendmails, with the environment `host`."""
-        while self.queue and len(self.mailers) < MOST_MAILERS:
-            run, *mail = self.queue[0]
-            text = output_text(self.store.output(run))
-            try:
-                pid = os.fork()
-            except OSError:
-                return
-            if not pid:
-                send_cron_mail(self.machine, host, *mail, text)
-            del self.queue[0]
-            self.mailers[pid] = run
+        """Start sendmails, with the environment `host`; kill those that take
+        too long."""
+        now = self.machine.clock.ticks()
+        for pid, (run, user, until) in self.mailers.items():
+            if now >= until:
+                self.mailers[pid] = run, user, now + MAILER_TIME
+                try:
+                    os.killpg(pid, signal.SIGKILL)
+                except OSError:
+                    pass            # it ends just now
+        for user in list(self.queues) * MAILERS_OF_ONE:
+            of_user = [each for each in self.mailers.values()
+                       if each[1] == user]
+            if len(self.mailers) < MOST_MAILERS and user in self.queues \
+                    and len(of_user) < MAILERS_OF_ONE:
+                self.send_next(user, host, now)
+
+    def send_next(self, user: str, host: dict, now: float) -> None:
+        """Start a sendmail for the oldest mail of a user."""
+        (run, *mail), *rest = self.queues[user]
+        text = output_text(self.store.output(run))
+        try:
+            pid = os.fork()
+        except OSError:
+            return
+        if not pid:
+            send_cron_mail(self.machine, host, *mail, text)
+        del self.queues[user]
+        if rest:
+            self.queues[user] = rest
+        else:
+            self.log.set_problem(f"mail {user}", "")
+        self.mailers[pid] = run, user, now + MAILER_TIME
+
+    def wake_at(self) -> float:
+        """Return the ticks at which a sendmail has taken too long."""
+        return min((until for _, _, until in self.mailers.values()),
+                   default=FOREVER)
 
     def take_status(self, pid: int, status: int) -> tuple:
         """Return the statement that keeps how a sendmail ended."""
-        run = self.mailers.pop(pid)
+        run, *_ = self.mailers.pop(pid)
         code = os.waitstatus_to_exitcode(status)    # negative: a signal
         result = "sent" if code == 0 else "due" if code == TRY_LATER \
             else f"failed (status {code})"
@@ -6857,7 +6902,7 @@ class Scheduler:
 
     def wake_at(self) -> float:
         """Return the ticks at which a run waits for something."""
-        times = [self.check_at, self.forget_at]
+        times = [self.check_at, self.forget_at, self.mail.wake_at()]
         times += [queued.at for queued in self.waiting
                   if not queued.waits_for_previous]
         times += [running.kill_at for running in self.running.values()]
@@ -7371,7 +7416,7 @@ class Scheduler:
                 starts += following
         ready = self.admit_all(starts, statements)
         if self.write(statements):
-            self.mail.queue += mails
+            self.mail.add(mails)
             self.start_runs(ready)
             return
         for queued in ready:
@@ -9277,10 +9322,10 @@ class EmbeddedDashboard(AgentProcess):
         mail = {name: kind(request["mail"][name]) for name, kind in (
             ("to", str), ("sender", str), ("subject", str), ("text", str),
             ("key", str), ("at", float))}
-        if len(self.mailers) >= MOST_MAILERS or not self.has_room(
+        if len(self.mailers) >= MAILERS_OF_ONE or not self.has_room(
                 self.mailed, MOST_ALERT_MAILS, HOUR):
             return {"error": f"koid sends at most {MOST_ALERT_MAILS} mails "
-                    f"of alerts in an hour, and {MOST_MAILERS} at once"}
+                    f"of alerts in an hour, and {MAILERS_OF_ONE} at once"}
         try:
             pid = os.fork()
         except OSError as error:

@@ -642,7 +642,7 @@ def test_status_of_sendmail_is_logged_in_decimal(desk, status, logged):
     lines: list[str] = []
     log = SimpleNamespace(log=lambda text, bad: lines.append(text))
     mail = koitab.CronMail(desk.machine, desk.store, log)
-    mail.mailers[1] = 2
+    mail.mailers[1] = 2, "root", 0.0
     mail.take_status(1, status)
     assert logged in lines[0]
 

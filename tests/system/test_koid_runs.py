@@ -1318,6 +1318,30 @@ def test_a_job_of_a_user_is_mailed_by_that_user(koi, host, tmp_path):
 
 
 @support.root_only
+def test_user_who_stops_the_own_mails_holds_up_no_mail_of_others(koi, host,
+                                                                tmp_path):
+    """What runs sendmail runs as the user, who may send it a signal."""
+    program, sent = tmp_path / "sendmail", tmp_path / "sent"
+    program.write_text(
+        "#!/bin/sh\n[ \"$(id -u)\" = 0 ] || kill -STOP $PPID $$\n"
+        f"echo \"$LOGNAME\" >> {sent}\n")
+    program.chmod(0o755)
+    host.bind(program, os.path.realpath(support.find("sendmail")
+                                        or "/usr/sbin/sendmail"))
+    koi.host = host
+    koi.set_constants(MAILER_TIME=3.0)
+    koi.tab("MAILTO=a@koi.invalid\n" + "".join(
+        f'"n{number}" @reboot echo hers\n' for number in range(6)),
+        user=ALICE)
+    koi.tab("MAILTO=r@koi.invalid\n@reboot sleep 1; echo roots\n")
+    koi.start()
+    wait_until(sent.exists, 30, koi.log)
+    wait_until(lambda: list(marks(koi).values()).count("failed (status -9)")
+               == 6, 60, koi.log)
+    assert sent.read_text() == "root\n"
+
+
+@support.root_only
 def test_mail_due_when_koid_was_killed_is_sent_by_the_next_koid(koi, post):
     post.silent = True          # two mails hang, one waits
     raw_tab(koi, "".join(f'"n{number}" @reboot echo {number}\n'
