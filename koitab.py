@@ -28604,8 +28604,9 @@ A request may have name, slug, tags, desc, timeout, grace, schedule, tz,
 manual_resume, methods, channels and unique. These things differ from
 Healthchecks: a check needs a name; no two checks have the same slug; an
 unknown field is refused (400); every channel gets the alerts of every check,
-so channels may only be *; there is no list of badges. The token of a viewer reads checks: they have a
-unique_key, which is valid as CHECK, and no address that pings.
+so channels may only be *; there is no list of badges. The token of a viewer
+reads checks: they have a unique_key, which is valid as CHECK, and no address
+that pings.
 
 The Python package healthchecks-io works with this address:
 
