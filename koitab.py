@@ -18835,8 +18835,8 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 }
 .brand:hover { text-decoration: none; }
 .fish { width: 22px; height: 22px; fill: var(--koi);
-  transform: rotate(35deg); }
-.fish .spot { fill: var(--card); opacity: .85; }
+  transform: rotate(75deg); }
+.fish .spot { fill: var(--card); }
 #top nav { display: flex; margin: 0 6px; gap: 2px; }
 #top nav a { padding: 5px 9px; border-radius: 6px; color: var(--soft); }
 #top nav a:hover { background: var(--hover); text-decoration: none; }
@@ -18913,7 +18913,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .hint { padding: 10px 12px; background: var(--card);
   border: 1px solid var(--line); border-radius: 8px; }
 .row, .heads {
-  display: grid; column-gap: 14px; align-items: center;
+  display: grid; gap: 3px 14px; align-items: center;
   grid-template-columns: 90px minmax(130px, 1.3fr) minmax(110px, 1fr) 172px
     240px 60px 92px 68px;
 }
@@ -18971,7 +18971,8 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .alerts pre { margin-top: 3px; color: var(--soft); }
 
 /* History bars, sparklines, days */
-.bars { display: block; cursor: pointer; shape-rendering: crispEdges;
+.charts .bars { shape-rendering: crispEdges; }
+.bars { display: block; cursor: pointer;
   border-radius: 2px; }
 .b-ok { fill: var(--b-ok); } .b-bad { fill: var(--b-bad); }
 .b-odd { fill: var(--b-odd); } .b-skip { fill: var(--b-skip); }
@@ -20677,8 +20678,7 @@ function brand() {      // a koi from above, in two strokes
   svg("path", { d: "M12 1.5c4 3.2 4.600 8.500 1.600 13.500l3.400 6.500"
     + "c-2.500.1-4-.7-5-2.500-1 1.800-2.500 2.600-5 2.500l3.400-6.500"
     + "C7.400 10 8 4.700 12 1.500z" }),
-  svg("path", { class: "spot", d: "M12 5c1.800 1.500 2 3.800.6 6-2-.6-2.800-3-"
-    + ".6-6z" }));
+  svg("path", { class: "spot", d: "M13.200 5a1.200 1.200 0 1 0 .01 0z" }));
 }
 
 const ICON_COLOURS = { bad: "d6342c", late: "c27a00", ok: "2f8f55",
