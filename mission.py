@@ -7251,11 +7251,15 @@ def start_pager():
 def write_paged(produce) -> int:
     """Call produce(write), where write(text) prints on a terminal through
     the pager; return the exit status. Raises Error, after the text was
-    printed without a pager."""
+    printed without a pager. Ctrl-C is the pager's: it ends a search there.
+    """
+    import signal
     pager = failure = None
+    before = signal.getsignal(signal.SIGINT)
     if sys.stdout.isatty():
         try:
             pager = start_pager()
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         except Error as error:
             failure = error
     try:
@@ -7266,6 +7270,7 @@ def write_paged(produce) -> int:
     finally:
         if pager:
             pager.communicate()
+            signal.signal(signal.SIGINT, before)
     if failure:
         raise failure
     return 0

@@ -10,6 +10,7 @@ import pty
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -113,6 +114,27 @@ def test_topic_is_printed_without_a_pager_that_cannot_start(program, pager,
     assert on_terminal(program, "help", "status", PAGER=pager) == (
         f"{text}{program}: error: cannot start $PAGER ({pager}): {fault}\n"
         f"{program}: hint: export PAGER=cat\n")
+
+
+@each_program
+def test_interrupt_in_the_pager_does_not_end_the_program(program, tmp_path):
+    """Ctrl-C reaches both, and less stays: it ends a search there."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-IS", str(support.ROOT / f"{program}.py"), "help",
+         "status"], stdin=terminal, stdout=terminal, stderr=terminal,
+        env={"PATH": os.defpath,
+             "PAGER": f"sh -c 'cat; echo ready; read line <{pipe}'"})
+    os.close(terminal)
+    shown = b""
+    while not shown.endswith(b"ready\r\n"):
+        shown += os.read(master, 65536)
+    process.send_signal(signal.SIGINT)
+    pipe.write_text("end\n")
+    assert process.wait(60) == 0
+    os.close(master)
 
 
 @each_program
