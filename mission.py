@@ -7324,8 +7324,8 @@ CONFIG_TOPIC = """\
 FORMAT
 
 The configuration is JSON (RFC 8259) with // and /* */ comments and trailing
-commas. `mission -c FILE` names the file; the default is mission.config.json in
-the working directory. `mission check` reports every error in one pass, with
+commas. The option -c FILE names the file; the default is mission.config.json
+in the working directory. `mission check` reports every error in one pass, with
 its line and column. `mission dump` prints all keys, with paths resolved and
 defaults filled in.
 

@@ -373,9 +373,10 @@ def test_there_is_a_topic_for_each_part_of_the_manual():
 # --- what is typed ---------------------------------------------------------
 
 
-def typed_commands(text: str) -> list[list[str]]:
-    """Return the words of each command of koi's in the examples of a text
-    and in its `backticks`."""
+def typed_commands(text: str, names: str = "koitab|koid"
+                   ) -> list[list[str]]:
+    """Return the words of each command of these programs in the examples of
+    a text and in its `backticks`."""
     blocks = "\n".join(block for block in text.split("\n\n")
                        if block.startswith("    "))
     lines = re.findall(r"^    (\S.*)$", blocks.replace("\\\n", " "), re.M)
@@ -384,7 +385,7 @@ def typed_commands(text: str) -> list[list[str]]:
     for line in lines:
         for part in re.split(r"&&|[|;<>](?![|\w-]*[\]=])|&$", line):
             words = shlex.split(part, comments=True) if re.match(
-                r" *(sudo )?(koitab|koid) ", part + " ") else []
+                rf" *(sudo )?({names}) ", part + " ") else []
             if words:
                 found.append(words[words[0] == "sudo":])
     return found
@@ -419,3 +420,14 @@ def test_every_command_in_the_examples_of_the_help_is_accepted():
         name, arguments = koitab.select_command(options, rest)
         options.reject_others(koitab.COMMANDS[name].options, name)
         koitab.check_arguments(name, arguments)
+
+
+def test_every_command_in_the_topics_and_examples_of_mission_is_accepted():
+    text = "\n\n".join(map(mission.topic_text, mission.TOPICS)) \
+        + "\n\n" + "\n\n".join(f"    {line}" for command in
+                                mission.COMMANDS.values()
+                                for line in command.examples)
+    commands = typed_commands(text, "mission")
+    assert len(commands) > 25
+    for _, *words in commands:
+        mission.parse_arguments(words)
