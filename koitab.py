@@ -21311,7 +21311,8 @@ class JobRow {
   // Draws the row again if its job, or how it is shown, has changed.
   update(job, onTop) {
     const host = hostOf(job), seen = [job, host?.name, host?.zone, onTop,
-      isSnoozed(job), isPaused(job), alertWords(job), narrow.matches,
+      isSnoozed(job), isPaused(job), alertWords(job),
+      waitingFor(job).length, narrow.matches,
       phone.matches, wide.matches];
     if (this.seen && seen.every((one, at) => one === this.seen[at])) return;
     Object.assign(this, { job, seen });
@@ -21322,13 +21323,16 @@ class JobRow {
   // Shows the cells that jobCells or checkCells returned.
   draw(cells) {
     const { state: mark, name, href, title, where, why } = cells;
+    const waiting = waitingFor(this.job).length;
     const cell = (kind, ...inside) => el("div", { class: `c-${kind}`,
       role: "cell" }, ...inside);
     setAttributes(this.link, { text: name, href, title });
     redraw(this.root, () => [cell("is", mark, !why && isSnoozed(this.job)
       && muted(" snoozed"),
       isPaused(this.job) && muted(" paused")),
-    cell("name", this.link, muted(where)), ...["words", "last", "history",
+    cell("name", this.link, muted(where), waiting > 0 && el("span",
+      { class: "late", text: `${waiting} waiting` })),
+    ...["words", "last", "history",
       "spark", "next", "act"].map((kind) => cell(kind, cells[kind])),
     ...why ? [why] : []]);
   }
@@ -21411,8 +21415,8 @@ class JobList {
   }
 
   update(changes) {
-    if (changes && !["all", "jobs", "hosts", "checks", "alerts", "deleted"]
-      .some((kind) => changes[kind])) return;
+    if (changes && !["all", "jobs", "hosts", "checks", "alerts", "requests",
+      "deleted"].some((kind) => changes[kind])) return;
     drawHeadline(this.headline);
     const focus = document.activeElement;
     this.all = groupedJobs();
@@ -22795,8 +22799,8 @@ class JobPage {
   update(changes) {
     const isIts = (one) => one.id === this.job.id
       || one.subject === subjectOf(this.job);
-    if (!changes.all && ![...changes.jobs || [], ...changes.alerts || []]
-      .some(isIts)) return;
+    if (!changes.all && !changes.requests && ![...changes.jobs || [],
+      ...changes.alerts || []].some(isIts)) return;
     this.job = state.jobs.get(this.job.id) || this.job;
     this.draw();
     this.loadLines();
@@ -22839,7 +22843,7 @@ function jobHead(job, lines) {
     isOperator() && job.removed && confirmButton("Forget\u2026",
       `Forget ${job.label} and its runs`, () => withToast(forget,
         "Removed"), { class: "btn danger" })),
-  problemNote(job, lines), runningNote(job),
+  ...waitingList(job), problemNote(job, lines), runningNote(job),
   job.recent_runs.length > 0 && el("div", { class: "charts" }),
   factList([["State", markOf(job)],
     ["Schedule", [job.words, " ", code(job.when)]], ["User", job.user],

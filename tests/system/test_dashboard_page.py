@@ -1196,6 +1196,12 @@ def test_request_to_a_host_that_is_down_waits_and_can_be_withdrawn(
         page.type("#arg6", "hunter2")
         page.click(".runform .primary")
         page.find(".waiting button")
+        page.visit("jobs", ".row")
+        row = page.js("return jobList.rows.get(arguments[0]).root.textContent",
+                      f"job:{world.every_type}")
+        assert "1 waiting" in row
+        page.visit(f"job/{world.every_type}", ".waiting")
+        assert page.text(".waiting").startswith("1 run is waiting for web1.")
         page.visit("by-hand", ".by-hand .waiting")
         assert page.text(".waiting").startswith(
             "1 run is waiting for web1. The request expires in ")
