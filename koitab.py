@@ -8250,8 +8250,13 @@ class DaemonClient:
         self.machine = machine
         self.home = machine.state_directory()
         self.path = machine.socket_path(self.home)
-        if os.geteuid() and "KOI_HOME" not in os.environ \
-                and os.path.exists(ROOT_SOCKET):
+        self.has_unit = any(os.path.exists(f"{directory}/koid.service")
+                            for directory in UNIT_DIRECTORIES)
+        # A unit that is stopped still has the user's tab, unless a koid of
+        # the user's has one.
+        if os.geteuid() and "KOI_HOME" not in os.environ and (
+                os.path.exists(ROOT_SOCKET) or self.has_unit
+                and not os.path.exists(f"{self.home}/tabs")):
             self.home, self.path = ROOT_HOME, ROOT_SOCKET
 
     def connect(self) -> LineConnection | None:
@@ -8297,11 +8302,8 @@ class DaemonClient:
 
     def no_daemon(self) -> Error:
         """Return the error that says how to start koid."""
-        has_unit = self.home == ROOT_HOME and any(
-            os.path.exists(f"{directory}/koid.service")
-            for directory in UNIT_DIRECTORIES)
         return Error("koid is not running", "systemctl start koid"
-                     if has_unit else "koid &")
+                     if self.has_unit and self.home == ROOT_HOME else "koid &")
 
     def without_daemon(self, request: dict) -> dict:
         """Carry out a request on the caller's own files. Raises Error if

@@ -375,6 +375,36 @@ def test_command_of_an_ordinary_user_for_the_koid_of_root_hints_at_sudo(
         assert b"runs as root\nkoitab: hint: sudo; or" in done.stderr, done
 
 
+@pytest.fixture
+def stopped_unit(tmp_path, monkeypatch):
+    """An ordinary user on a machine where root's koid is a unit that does
+    not run. Return the user's state directory."""
+    (tmp_path / "koid.service").touch()
+    monkeypatch.setattr(koitab, "UNIT_DIRECTORIES", (str(tmp_path),))
+    monkeypatch.setattr(koitab, "ROOT_SOCKET", str(tmp_path / "sock"))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.delenv("KOI_HOME", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return tmp_path / "koi"
+
+
+@pytest.mark.parametrize("request_of", ["run", "next", "history", "install"])
+def test_command_of_a_user_says_that_the_unit_of_koid_is_stopped(
+        stopped_unit, request_of):
+    with pytest.raises(koitab.Error) as caught:
+        koitab.DaemonClient(koitab.Machine()).ask(request_of)
+    assert (caught.value.message, caught.value.hint) == (
+        "koid is not running", "systemctl start koid")
+    assert not stopped_unit.exists()
+
+
+def test_user_with_a_koid_keeps_it_next_to_a_stopped_unit(stopped_unit):
+    (stopped_unit / "tabs").mkdir(parents=True)
+    client = koitab.DaemonClient(koitab.Machine())
+    assert client.home == str(stopped_unit)
+    assert client.no_daemon().hint == "koid &"
+
+
 # --- run --on
 
 
