@@ -138,7 +138,7 @@ VARYING = [
     (r"\bin \d+ (s|min|h|days?)\b", "in SOON"),
     (r"\b\d+(\.\d+)?(ms|s)\b", "DURATION"),
     (r"\bpid \d+", "pid PID"),
-    (r"\b[0-9a-f]{64}\b", "SHA256"),
+    (r"\b[0-9a-f]{64}\b", "TOKEN"),
     (r"\b([0-9a-f]{32}|[0-9a-f]{16}|[0-9a-f]{8})\b", "ID"),
     ("[▁-█]+", "BARS"),
     (" +", " "),
@@ -171,6 +171,16 @@ READ = {
 }
 
 
+# The example of the original's manual.
+ORIGINAL_TAB = """\
+[Bots]
+"Crawler" */5 * * * * /usr/local/bin/crawl
+"Script" @hourly python script.py
+[Admin]
+"Say Hi" @manual ~/tweet.sh {{To Handle}} {{Delay, int, 0}} {{Emoji 😃, bool}}
+"""
+
+
 class Story:
     """What a newcomer types on web1 and on koi.example.com, in this order."""
 
@@ -179,6 +189,7 @@ class Story:
         self.results: dict[str, list] = {}      # name of a block -> outputs
         self.messages: dict[str, str] = {}      # heading -> output
         self.pings: dict[str, tuple[str, int]] = {}     # job -> output, status
+        self.original_tab = ("", 0)             # what koitab prints of it
         self.web1 = self.koi = None
 
     def close(self) -> None:
@@ -238,6 +249,7 @@ class Story:
         for name in ("Install 1", "Quick start: koi 1"):
             for command, _ in BLOCKS[name].commands():
                 self.koi.type(command)
+        self.use_tab_of_the_original_koi()
         printed = self.type("Quick start: the dashboard 3", machine=self.koi)
         (self.web1.computer.root / HOME[1:] / "passphrase").write_text(
             re.search(VARYING[0][0], printed)[0])
@@ -250,6 +262,13 @@ class Story:
                      "sudo koitab -d token list")
         self.watch_the_watcher()
         self.type("Upgrade 1", machine=self.koi)
+
+    def use_tab_of_the_original_koi(self) -> None:
+        path = self.koi.computer.root / "var/lib/koi/koitab"
+        path.write_text(ORIGINAL_TAB)
+        path.chmod(0o666)
+        self.type("Moving from the original programs 1", machine=self.koi)
+        self.original_tab = self.koi.type("koitab -l; koitab next -n 1")
 
     def watch_the_watcher(self) -> None:
         """Run the jobs that ping, with a page that exists for a monitor."""
@@ -281,7 +300,7 @@ class Story:
 
     def meet_messages_of_koi(self) -> None:
         self.provoke("koid is not running",
-                     "sudo systemctl stop koid; koitab status",
+                     "sudo systemctl stop koid; koitab run Settings",
                      "sudo systemctl start koid")
         self.provoke("/var/lib/koi is accessible to other users",
                      "sudo systemctl stop koid; sudo chmod 755 /var/lib/koi; "
@@ -328,13 +347,15 @@ def story(tmp_path_factory):
 
 
 def accept(story: Story) -> None:
-    """Write the outputs into the README."""
+    """Write the outputs that the README has not into it."""
     lines = TEXT.split("\n")
     for name in sorted(story.results, key=lambda name: -BLOCKS[name].first):
         block, fresh = BLOCKS[name], []
-        for command, output, _code in story.results[name]:
-            fresh += [f"$ {command}", *output.rstrip("\n").split("\n")] \
-                if output else [f"$ {command}"]
+        for (command, output, _code), (_, shown) in zip(
+                story.results[name], block.commands()):
+            printed = output.splitlines()
+            fresh += [f"$ {command}", *(
+                shown if constant(shown) == constant(printed) else printed)]
         lines[block.first:block.first + len(block.lines)] = [
             (block.indent + line).rstrip() for text in fresh
             for line in text.split("\n")]
@@ -361,6 +382,13 @@ def test_jobs_that_watch_koid_and_the_dashboard_succeed(story):
                            "dashboard works": ("OKOK", 0)}
 
 
+@pytest.mark.root_only
+def test_tab_of_the_original_koi_is_installed_unchanged(story):
+    output, code = story.original_tab
+    assert code == 0 and output.startswith(ORIGINAL_TAB)
+    assert "Crawler: Every 5 minutes" in output and "Say Hi: By " in output
+
+
 HEADINGS = re.findall(r"^### `(.+)`$", TEXT, re.M)
 
 
@@ -377,6 +405,8 @@ def test_each_block_is_typed_or_says_why_not():
     names = {name for name, block in BLOCKS.items()
              if block.language != "console"}
     assert names <= set(READ) <= set(BLOCKS)
+    for name in re.findall(r"test_\w+", " ".join(READ.values())):
+        assert (support.ROOT / f"tests/system/{name}.py").exists()
 
 
 # --- Blocks that programs read ---------------------------------------------
@@ -465,7 +495,8 @@ COMMANDS = [command for block in BLOCKS.values()
             if block.language == "console" for command, _ in block.commands()]
 SPANS = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S))
 WORDS = [part.strip() for text in [*COMMANDS, *SPANS]
-         for part in re.split(r"[|;&]+|\bsudo\b", text.replace("\\\n", " "))]
+         for part in re.split(r"[|;&]+|\bsudo\b", text.replace(
+             "\\\n", " ").replace("-u alice", "-u"))]
 # Options of other programs: openssl, docker, ssh, systemctl ...
 OF_OTHERS = {"install", "ln", "make", "systemctl", "ssh", "docker", "curl",
              "apt-get", "rm", "mkdir", "crontab", "cat", "tee", "chmod"}
