@@ -29782,7 +29782,8 @@ COMMANDS = {    # by the first word, or by the option that stands for it
     "resume": Command(
         command_resume, JOBS, "end the pause of a job", ("NAME",), ("user",),
         """The next start that falls due is made. Starts of the time before are
-        not made up for.""", "koitab resume Nightly"),
+        not made up for.""", """koitab resume Nightly
+        koitab resume Backups/Nightly"""),
     "status": Command(
         command_status, JOBS, "show koid, problems, active runs", ("",),
         ("user", "json"), """The exit status is 1 if koid does not run, a job's
@@ -29823,7 +29824,8 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         command_import, SETUP, "print cron's tabs as a koitab", ("",),
         ("user",), """The tabs of the user, and for root /etc/crontab and
         /etc/cron.d as well. Nothing is installed.""",
-        "koitab import > tab"),
+        """koitab import > tab
+        koitab import -u alice > tab"""),
     "daemon": Command(
         command_daemon, SETUP, "be koid, which starts jobs", ("",),
         ("system", "container") + ETCD_OPTIONS,

@@ -1517,7 +1517,7 @@ def test_help_of_a_command_has_its_usage_a_paragraph_and_its_options(
     assert set(re.findall(r"^ +(-\S+?)[, ]", options, re.M)) == {
         koitab.OPTIONS[key].names[0] for key in command.options} - {name} | {
             "-h"}
-    assert 1 <= examples.removeprefix("Examples:\n").count("\n") + 1 <= 3
+    assert 2 <= examples.removeprefix("Examples:\n").count("\n") + 1 <= 3
     assert more == f"See also: koitab help {command.topic}\n"
 
 
