@@ -14968,9 +14968,20 @@ class Overview:
             "alerts": self.alerts.list_all(db)}, role)
 
     def host(self, db: Database, shown: dict) -> dict:
-        """Return a host as it is shown, with the end of its snooze."""
-        return {**shown, "snoozed": self.alerts.snoozed_until(
-            db, f"host:{shown['id']}")}
+        """Return a host as it is shown, with the end of its snooze, what it
+        stores here, and whether that is all it may store."""
+        status = self.hosts.statuses.get(shown["id"])
+        size, runs = db.execute(
+            "select bytes, runs from usage where host = ?",
+            status and status.number).fetchone() or (0, 0)
+        problems = [*shown["problems"]]
+        if size > 0.99 * HOST_BYTES or runs > 0.99 * HOST_RUNS:
+            problems.append(
+                f"stores {HOST_BYTES // 2**20:,} MiB or {HOST_RUNS:,} runs, "
+                "so its oldest outputs or runs are removed")
+        return {**shown, "problems": problems, "bytes": size, "runs": runs,
+                "snoozed": self.alerts.snoozed_until(
+                    db, f"host:{shown['id']}")}
 
     def job(self, db: Database, row: dict) -> dict:
         """Return the row of a job as it is shown, with its last runs."""
@@ -24304,7 +24315,7 @@ function hostsView(place, root) {
 }
 
 const hostTable = () => el("div", { class: "scroll" }, table(["Host",
-  "State", "Jobs", "Last seen", "Clock skew", "koi", ""],
+  "State", "Jobs", "Stored", "Last seen", "Clock skew", "koi", ""],
 [...state.hosts.values()].sort(byName).map(hostRow)));
 
 const HOST_STATES = { up: ["ok", "up"], down: ["failed", "down"],
@@ -24324,6 +24335,8 @@ function hostRow(host) {
       text: visible(text) }))),
   stateMark(...HOST_STATES[host.state] || ["unknown", host.state]),
   cell("Jobs", String(jobs)),
+  cell("Stored", bytesWords(host.bytes || 0), el("div", { class: "muted",
+    text: plural(host.runs || 0, "run") })),
   cell("Last seen", host.seen ? timeNode(host.seen, host) : "never"),
   cell("Clock", skewWords(host.skew || 0), el("div", { class: "muted",
     text: host.zone })),

@@ -136,7 +136,7 @@ class World:
                 "state": "down" if down else "up",
                 "skew": 43.0 if name == "mail" else 0.1, "version": "1.0",
                 "key": koitab.key_id(key), "since": self.now - 9e6,
-                "snoozed": 0,
+                "snoozed": 0, "bytes": 212_000_000 + number, "runs": 12_304,
                 "problems": ["/etc/cron.d/old:3: expected 0 to 23, found '24'"]
                 if name == "db1" else []}
 

@@ -1259,6 +1259,20 @@ def test_host_above_its_quota_loses_only_its_own_oldest_outputs(
     assert dashboard.sync(web1)["missing_output"] == []
 
 
+def test_host_shows_what_it_stores_and_that_this_is_all_it_may(
+        dashboard, web1, monkeypatch):
+    written(dashboard, web1, "one\n")
+    host, = dashboard.state["hosts"]
+    assert (host["bytes"], host["runs"]) == (len(frames("one\n")) + 2, 1)
+    assert host["problems"] == []
+    monkeypatch.setattr(koitab, "HOST_RUNS", 100)
+    dashboard.runs(web1, *(dashboard.record() for _ in range(119)))
+    host, = dashboard.state["hosts"]
+    assert host["runs"] == 100
+    problem, = host["problems"]
+    assert problem.endswith("so its oldest outputs or runs are removed")
+
+
 def test_host_above_its_quota_by_arguments_loses_its_oldest_runs(
         dashboard, web1, monkeypatch):
     monkeypatch.setattr(koitab, "HOST_BYTES", 20_000)
