@@ -18855,6 +18855,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 #top nav a:hover { background: var(--hover); text-decoration: none; }
 #top nav a[aria-current] { color: var(--ink); font-weight: 600; }
 #top nav .more { display: none; color: var(--soft); font-size: 14px; }
+#menu p:not(:empty) { padding: 4px 10px 6px; font-size: 13px; }
 #menu label { display: flex; align-items: center; gap: 8px;
   padding: 4px 10px; font-weight: 400; }
 .count:not(:empty) {
@@ -19224,7 +19225,6 @@ label, .label { font-weight: 600; font-size: 13px; }
 .status:empty { display: none; }
 .question { display: flex; gap: 8px 12px; flex-wrap: wrap;
   align-items: center; }
-.runhead .question { margin-top: 12px; }
 .runform:has(> .question:not([hidden])) > .actions { display: none; }
 .snippet { display: flex; align-items: center; gap: 4px;
   border: 1px solid var(--line); border-radius: 8px;
@@ -19745,8 +19745,8 @@ const menuItem = (text, detail, action) => button([el("span", { text }),
 });
 
 // A button that asks, by name, before it does something that cannot be undone.
-const confirmButton = (text, sure, action, facts) => menuButton(text, () =>
-  [button(sure, () => {
+const confirmButton = (text, sure, action, facts, words = "") => menuButton(
+  text, () => [mutedLine(words), button(sure, () => {
     $("#menu").hidePopover();
     action();
   }, { class: "btn danger" })], facts);
@@ -22597,18 +22597,9 @@ class RunPage {
 
   // The button that asks first, and then kills the run.
   killButton() {
-    const host = hostName(this.run.host);
-    return button("Kill\u2026", () => {
-      const question = el("div", { class: "note question", role: "alertdialog",
-        "aria-label": "Kill it?" }, el("span", {}, `Stop this run of ${
-        this.job?.label} on ${host}? It gets SIGTERM, and SIGKILL some `
-        + "seconds later."), button(`Kill it on ${host}`, () => {
-        question.remove();
-        withToast(() => this.kill());
-      }, { class: "btn danger" }), button("No", () => question.remove()));
-      this.head.append(question);
-      $("button", question).focus();
-    }, { class: "btn danger" });
+    return confirmButton("Kill\u2026", `Kill it on ${hostName(this.run.host)}`,
+      () => withToast(() => this.kill()), { class: "btn danger" },
+      "It gets SIGTERM, and SIGKILL some seconds later.");
   }
 
   async kill() {

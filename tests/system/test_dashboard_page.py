@@ -1295,7 +1295,12 @@ def test_running_job_is_killed_by_a_signed_request(page, stand_in):
     world.outputs[run["id"]] = page_server.frame(1, 5, "begun\n")
     page.visit(f"run/{run['id']}", ".actions .danger")
     page.click(".actions .danger")
-    page.click(".question .danger")
+    page.wait("document.activeElement.textContent.startsWith('Kill it on ')")
+    # The question stays when the run changes.
+    page.js("document.querySelector('h1').id = 'before'; app.changed({ runs: "
+            "[{ id: arguments[0], bytes: 77 }] })", run["id"])
+    page.wait("!document.querySelector('#before')")
+    page.click("#menu .danger")
     page.wait("document.querySelector('#toast').textContent === "
               "'The host is stopping it'")
     assert world.last_request["do"] == "kill"
