@@ -14650,6 +14650,7 @@ KEEP_RUNS = 10_000              # of one job
 HOST_BYTES = 2**30              # of outputs, arguments, reasons of one host
 HOST_RUNS = 1_000_000           # of one host; a row takes half a kilobyte
 KEEP_RUN_DAYS, KEEP_AUDIT_DAYS, KEEP_EVENT_DAYS = 400, 400, 93
+KEEP_CHECK_AUDIT = 10_000       # rows of the audit about checks
 AT_ONCE = 1_000                 # rows that are removed in one step
 FREE_PAGES = 2_000              # that the database may keep for later
 
@@ -14773,7 +14774,11 @@ class Retention:
                 f"delete from {table} where id in (select id from {table} "
                 "where at < ? limit ?)", now - days * DAY_SECONDS,
                 self.at_once).rowcount
-        return removed
+        # Tokens for checks can write them in a loop.
+        return removed + db.execute(
+            "delete from audit where id in (select id from audit where what = "
+            "'check' order by id desc limit ? offset ?)", self.at_once,
+            KEEP_CHECK_AUDIT).rowcount
 
     def prune_runs(self, db: Database) -> bool:
         """Remove the oldest runs of the next job, if it has too many; return
@@ -17238,6 +17243,7 @@ READERS_OF_CLIENT = MOST_READERS // 2
 MOST_CHANGES, MOST_CHANGE_BYTES = 1000, 2**22   # that a stream remembers
 FEED_TIME = 60.0        # seconds in which a browser comes back to a stream
 HEARTBEAT = 15.0        # seconds between two lines of a stream
+RESET_PAUSE = 1.0       # seconds between two that make a page read all anew
 LONGEST_POLL, LONGEST_FOLLOW = 25.0, 10.0   # seconds, of a host and a page
 MOST_FRAMES, LONGEST_SEARCH = 2**20, 200    # bytes, characters
 MISSES, MISS_TIME = 10, 60.0            # wrong keys of a network in seconds
@@ -18140,15 +18146,19 @@ async def show_state(api: Api, context: RequestContext) -> Response:
 async def follow_changes(api: Api, context: RequestContext) -> Response:
     """GET /api/v1/stream?since=SEQ: changes as lines of JSON, without end.
     An empty line is a sign of life for proxies."""
+    import asyncio
     stream, since = api.change_stream(), context.query.get("since", -1)
     if since > max(stream.newest, api.dashboard.seq):
         since = -1                  # from a database that was restored
 
     async def send_changes(send) -> None:
-        seq = since
+        seq, reset_at = since, 0.0
         with LongPoll(api.followers, ("changes",)) as poll:
             while not poll.ended:
                 lines = stream.since(seq, context.principal.role)
+                if lines is START_OVER:     # many make the page read once
+                    await asyncio.sleep(reset_at - api.loop.time())
+                    reset_at = api.loop.time() + RESET_PAUSE
                 seq = stream.newest if lines is START_OVER else max(
                     seq, stream.newest)
                 stream.until = api.loop.time() + FEED_TIME

@@ -268,6 +268,22 @@ def test_search_finds_what_waits_for_the_index_behind_a_flood(dashboard, web1,
     assert len(found["matches"]) == 1
 
 
+def test_audit_keeps_the_newest_changes_of_checks_and_all_others(
+        dashboard, monkeypatch):
+    monkeypatch.setattr(koitab, "KEEP_CHECK_AUDIT", 5)
+    checks, rules = dashboard.dashboard.checks, dashboard.dashboard.rules
+    dashboard.do(rules.change_settings, {"failures": 2}, dashboard.now)
+    check = dashboard.do(checks.create, {"name": "x"}, dashboard.now)["id"]
+    for number in range(20):
+        dashboard.do(checks.change, check, {"name": f"x{number}"},
+                     dashboard.now)
+    dashboard.clock.time += 61
+    dashboard.run_chores()
+    rows = dashboard.ask(rules.audit.page)["rows"]
+    assert [row["what"] for row in rows] == ["check"] * 5 + ["settings"]
+    assert rows[0]["label"] == "x18"        # the name before the last edit
+
+
 def test_epochs_of_a_host_are_bounded(dashboard, web1):
     for epoch in range(1, 250):
         dashboard.runs(web1, dashboard.record(), epoch=epoch)

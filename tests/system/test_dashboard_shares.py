@@ -51,6 +51,26 @@ def test_refusals_of_one_client_leave_room_in_the_log_for_others(tmp_path):
         assert "203.0.113.2 GET /nope: 404" in found.log()
 
 
+def test_many_changes_make_a_page_read_all_anew_once(tmp_path):
+    """A host that floods would have every page load the state for ever."""
+    with DashboardProcess(tmp_path, patch="k.MOST_MARKED = 0\n"
+                          "k.RESET_PAUSE = 3.0") as found:
+        found.set_up()
+        with found.client() as stream:
+            stream.send(encode_request(
+                found.port, "GET", "/api/v1/stream?since=0",
+                token=VIEWER_TOKEN))
+            stream.head()
+            lines = [stream.line()]
+            for number in range(10):
+                found.register_host(f"{number:032x}", f"{number:064x}")
+            lines.append(stream.line())
+            found.stop()
+            lines += stream.read_to_end().split()
+        assert {line.strip() for line in lines} == {b'{"reset":true}'}
+        assert len(lines) <= 3
+
+
 def begin_sync(found, length: int = 8_000_000) -> HttpClient:
     """Begin a sync of web1, and send a part of its body."""
     return found.client().send(encode_request(
