@@ -1473,7 +1473,7 @@ def test_damaged_database_ends_the_dashboard_with_the_reason(tmp_path):
     with DashboardProcess(tmp_path, patch=BROKEN) as found:
         assert found.ask("GET", "/healthz").status == 503
         assert found.process.wait(10) == 1
-        assert "the dashboard cannot go on: the disk lies" in found.log()
+        assert "the dashboard cannot continue: the disk lies" in found.log()
 
 
 def test_all_modules_are_imported_at_the_start(tmp_path):
@@ -1723,7 +1723,7 @@ def test_a_backup_is_made_while_the_dashboard_runs(tmp_path, server):
         assert found.ask("GET", "/api/v1/state",
                          token=OPERATOR_TOKEN).json["checks"]
     done = typed(tmp_path, "dashboard", "--backup", str(copy))
-    assert (done.code, "is not there" in done.err) == (1, True)
+    assert (done.code, "does not exist" in done.err) == (1, True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1651,7 +1651,7 @@ def test_test_says_sending_until_the_result_and_then_shows_it(page, channels,
                                                               stand_in):
     world = stand_in.world
     world.may_deliver.clear()
-    world.delivery_error = "sendmail says no configuration file"
+    world.delivery_error = "sendmail failed: no configuration file"
     page.press(NEW)
     fill_in(page, target="half@typed")
     page.js("document.querySelector('[aria-label=\"Test ops@example.org\"]')"
@@ -1660,7 +1660,7 @@ def test_test_says_sending_until_the_result_and_then_shows_it(page, channels,
               "'Sending\u2026')")
     world.may_deliver.set()
     page.wait("document.querySelector('.channels li .error').innerText === "
-              "'Not delivered: sendmail says no configuration file'")
+              "'Not delivered: sendmail failed: no configuration file'")
     # The form that someone fills in meanwhile is not drawn again.
     assert page.js("return document.querySelector('#channel-target').value"
                    ) == "half@typed"

@@ -130,7 +130,7 @@ def test_new_without_a_url_starts_a_dashboard_and_connects_koid(host, options):
     wait_until(host.shown_runs, 30, "the run to be shown")
     assert "next: koitab -d new" in host.log()
     again = host.koitab("-d", "new")
-    assert again.code == 1 and "belongs to" in again.err
+    assert again.code == 1 and "already a member" in again.err
 
 
 def test_dashboard_can_access_only_its_database(host):
@@ -335,7 +335,7 @@ def test_mail_of_the_dashboard_has_the_rights_of_koid(host):
     (host.folder / "full").touch()
     result = host.ask_http("POST", "/api/v1/channels", test)
     assert not result["delivered"]
-    assert "sendmail says the queue is full" in result["error"]
+    assert "sendmail failed: the queue is full" in result["error"]
 
 
 MAIL = {"to": "ops@example.org", "sender": "", "subject": "x", "text": "y",
@@ -390,8 +390,8 @@ def test_no_dashboard_runs_as_the_uid_of_an_account(taken_over, monkeypatch):
     monkeypatch.setattr(taken_over.machine, "user_name", lambda uid: "bob")
     taken_over.start()
     assert (taken_over.pid, taken_over.problem) == (
-        0, "no dashboard: uid 61170 belongs to bob: make an account "
-        "koi-dashboard")
+        0, "no dashboard: uid 61170 is already the user bob: create the "
+        "account koi-dashboard")
 
 
 def test_number_of_mails_of_a_dashboard_is_limited(taken_over):
@@ -470,7 +470,7 @@ def test_a_dashboard_that_root_starts_becomes_another_user(host, by_itself):
 @pytest.mark.parametrize("options, status, words", [
     ((), 1, "dashboard.db is the database of a dashboard that ran as root\n"
      "koitab: hint: koitab dashboard -u root\n"),
-    (("--db", "of-root/db"), 1, "of-root does not belong to uid 61170: "
+    (("--db", "of-root/db"), 1, "of-root is not owned by uid 61170: "
      "another dashboard may use it\n"
      "koitab: hint: koitab dashboard -u USER\n")])
 def test_dashboard_refuses_a_database_owned_by_root(

@@ -277,7 +277,7 @@ def test_job_without_its_home_starts_in_the_root_directory_with_a_note(
     home = home.strip("'")
     assert out.decode() == f"/\n{home}\n" and end["exit"] == 0
     text = koi.text_of(run)
-    assert f"[koi: {home}: " in text and "it runs in /]" in text
+    assert f"[koi: {home}: " in text and "the job runs in /]" in text
 
 
 @support.root_only

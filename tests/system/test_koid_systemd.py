@@ -152,4 +152,4 @@ def test_a_backup_by_root_finds_the_database_of_the_unit(tmp_path):
     it.db.unlink()
     done = host.run(command, env=path)
     assert (done.code, done.err.splitlines()[0]) == (
-        1, "koitab: error: /var/lib/koi-dashboard/dashboard.db is not there")
+        1, "koitab: error: /var/lib/koi-dashboard/dashboard.db does not exist")

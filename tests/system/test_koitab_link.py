@@ -430,7 +430,8 @@ WRONG_RUNS = [
     (["web9", "Say"], 'no host named "web9"', 1),
     (["", "Say"], "no host named", 1),
     (["web1", "-u", "nobody-of-here", "Twice"],
-     'nobody-of-here has no job named "Twice"\nkoitab: hint: koitab run -u ', 1),
+      'nobody-of-here has no job named "Twice"\nkoitab: hint: '
+      'koitab run -u ', 1),
 ]
 
 

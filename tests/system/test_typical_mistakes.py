@@ -336,20 +336,20 @@ MISSION_MISTAKES = {
                    "list, unit, run, history, log, status, completion, help, "
                    "man, version)", ""),
     "misspelt command": (["chekc"], 2, 'unknown command "chekc"',
-                         "mission check"),
+                         "mission -c FILE check"),
     "unknown option": (["run", "--frob"], 2, "unknown option --frob",
                        "mission run --help"),
     "option without its value": (
         ["run", "-t"], 2, "-t/--task: expected one argument",
         "mission run --help"),
     "misspelt task": (["run", "-t", "etcc"], 2, 'unknown task "etcc"',
-                      "mission run -t etc"),
+                      "mission -c FILE run -t etc"),
     "unknown task": (["run", "-t", "photos"], 2, 'unknown task "photos"',
-                     "mission list"),
+                     "mission -c FILE list"),
     "missing argument": (["new"], 2, "missing argument SLUG",
-                         "mission new SLUG"),
+                         "mission -c FILE new SLUG"),
     "surplus argument": (["check", "it"], 2, 'unexpected argument "it"',
-                         "mission check"),
+                         "mission -c FILE check"),
     "invalid slug": (["new", "My Task"], 2, 'invalid slug "My Task" (expected '
                      "letters a-z, digits, - and _, at most 64)", ""),
     "time in words": (["run", "--wait", "long"], 2, "--wait long: not a "
@@ -399,7 +399,7 @@ def test_missing_task_directory_names_the_command_that_makes_the_task(
     folder = configured.folder
     assert done.err.splitlines() == [
         f"{configured.path}:3:19: tasks[0].slug: {folder}/taks/etc/run does "
-        "not exist (mission new etc)",
+        f"not exist (mission -c {configured.path} new etc)",
         f"{configured.path}:7:28: storage.tasks.path: {folder}/taks does not "
         f"exist (mkdir -p {folder}/taks)",
         f"mission: error: 2 errors in {configured.path}"]
@@ -435,7 +435,8 @@ def test_second_run_is_refused_with_the_command_that_waits(scratch):
         error, hint = done.err.splitlines()
         assert done.code == 75
         assert error.startswith("mission: error: another run is active: ")
-        assert hint == "mission: hint: mission run --wait 30m"
+        assert hint == f"mission: hint: mission -c {scratch.path} run " \
+            "--wait 30m"
     finally:
         first.terminate()
         support.ended(first)
