@@ -35,7 +35,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from dashboard_rig import (
     HOST, HOST_TOKEN, InProcessDashboard, frames, koitab, piece)
-koitab.BALLAST = 65536
+koitab.BALLAST, koitab.LEFT_WAITING = 65536, 1_000_000
 dashboard = InProcessDashboard(sys.argv[2], koitab.Clock(), fresh=False,
                                durable=True)
 access = dashboard.principal_of(HOST_TOKEN)
