@@ -11,7 +11,7 @@ KOITAB_TOPICS = tab arguments settings dashboard alerts ping api files \
 PAGES = $(MAN)/man1/mission.1 $(MISSION_TOPICS:%=$(MAN)/man7/mission-%.7) \
 	$(MAN)/man1/koitab.1 $(KOITAB_TOPICS:%=$(MAN)/man7/koitab-%.7)
 # What the tests start for real, as Debian calls it.
-PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs etcd-server faketime firefox-esr fish fonts-dejavu-core fuse3 git gnupg groff-base \
+PARTS = acl apache2-bin bash bindfs borgbackup busybox caddy chromium chromium-driver cron dbus dunst e2fsprogs etcd-client etcd-server faketime firefox-esr fish fonts-dejavu-core fuse3 git gnupg groff-base \
 	haproxy iproute2 libcap2-bin libfaketime libnotify-bin mandoc moreutils msmtp msmtp-mta nginx-light openssl pass postgresql procps prometheus python3 python3-pip python3-pytest \
 	restic rsync strace systemd tzdata util-linux webkit2gtk-driver xvfb zsh
 # From trixie on old names of time zones are in a package of their own.

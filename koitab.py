@@ -10829,6 +10829,8 @@ class EtcdMember:
             self.token = self.post("/v3/auth/authenticate", {
                 "name": settings["user"],
                 "password": settings["password"]})["token"]
+        self.cluster = self.post("/v3/kv/range", {"key": base64_text(
+            PROBE["key"])})["header"]["cluster_id"]
 
     def post(self, path: str, body: dict) -> dict:
         """Return the answer to one request. Raises ConnectionFailed,
@@ -10878,9 +10880,10 @@ class ClaimClient:
     def serve(self) -> None:
         """Ask koid what to do, and do it, again and again. After a failure
         the next member is tried, with a new login: a token may have expired.
-        It is a problem once all members have failed."""
+        It is a problem once all members have failed. Members that do not
+        belong together would let two hosts make a start."""
         urls, number, failures, problem = self.settings["urls"], 0, 0, ""
-        member, results = None, []
+        member, cluster, results = None, "", []
         while True:
             self.news.clear()
             work = self.koid.ask(op="turn", results=results,
@@ -10888,6 +10891,9 @@ class ClaimClient:
             results, url = [], urls[number % len(urls)]
             try:
                 member = member or EtcdMember(url, self.settings)
+                cluster = cluster or member.cluster
+                if member.cluster != cluster:
+                    raise ConnectionFailed("a member of another etcd")
                 results = member.decide(work or [PROBE])
                 failures, problem = 0, ""
             except Exception as error:      # of TLS, or what is not etcd
@@ -28972,8 +28978,9 @@ freezes, is cut off or has a wrong clock. koid starts the job only after etcd
 has recorded which host makes the start.
 
 If etcd has a quorum and a host of the group is up, one host executes the start
-within 60 seconds of the due time, or within KOI_START_WITHIN. A host that dies
-before etcd has recorded its start leaves the start to the others.
+within 60 seconds of the due time, or within KOI_START_WITHIN. All hosts try to
+record it, and the first one makes it, so nothing waits for a host that is
+down.
 
 Without a quorum nothing starts. The start is missed, with its reason. When
 etcd answers again, the record becomes elsewhere if another host ran it.
@@ -28983,6 +28990,11 @@ What it does not promise:
 A host that dies after the record in etcd and before the first instruction of
 the job leaves the start interrupted in its history and elsewhere in the
 others. It is not repeated.
+
+A start that is not later than the last one in etcd is never made. So a host
+whose clock is far ahead stops the others: their starts are missed, because it
+"has made a later start". Correct its clock, and remove what it recorded:
+etcdctl del --prefix /koi/v1/GROUP/.
 
 KOI_OVERLAP looks at its own host alone: if a job takes longer than the time
 between its starts, two hosts may run it at the same time. KOI_TIMEOUT bounds
@@ -29000,7 +29012,9 @@ The hosts know a job by group, user, section, name, schedule and zone. So a job
 in a group needs a name, and a CRON_TZ unless the zone of the machine is UTC.
 @reboot and @manual are refused. ~ is picked for group and job, the same on all
 hosts. Hosts with different commands under one name share its starts, and the
-record says so. KOI_CATCHUP claims the last start that was missed.
+record says so. Hosts with different schedules or zones under one name share
+nothing: change them on all hosts between two starts. KOI_CATCHUP claims the
+last start that was missed.
 
 SETTING UP ETCD
 
@@ -29022,6 +29036,7 @@ password.
         -keyout koi.key -out koi.csr
     openssl x509 -req -in koi.csr -CA ca.pem -CAkey ca.key \\
         -CAcreateserial -days 3650 -out koi.pem
+    openssl rand -hex 16 > password
 
 On each machine (h is its name), with $h.pem, $h.key, ca.pem, koi.pem and
 koi.key in /etc/koi-etcd; $h.key belongs to the user etcd, koi.key to root,
@@ -29031,6 +29046,7 @@ both with mode 0600:
     cluster=h1=https://h1:2380,h2=https://h2:2380,h3=https://h3:2380
     cat > /etc/default/etcd <<END
     ETCD_NAME=$h
+    ETCD_DATA_DIR=/var/lib/etcd/koi
     ETCD_LISTEN_CLIENT_URLS=https://0.0.0.0:2379
     ETCD_ADVERTISE_CLIENT_URLS=https://$h:2379
     ETCD_LISTEN_PEER_URLS=https://0.0.0.0:2380
@@ -29048,19 +29064,29 @@ both with mode 0600:
     END
     systemctl restart etcd
 
-Once, on one of them, a user for koid that may use koi's keys and nothing else:
+The data directory must be a new one: the package has started an etcd of one
+machine in the default directory, which would never join the others. The first
+machine waits for the second one, so do this on all of them at the same time.
+
+Once, on one of them, a user for koid that may use koi's keys and nothing else,
+and a look at the three members:
 
     export ETCDCTL_API=3 ETCDCTL_ENDPOINTS=https://h1:2379
     export ETCDCTL_CACERT=/etc/koi-etcd/ca.pem
     export ETCDCTL_CERT=/etc/koi-etcd/h1.pem ETCDCTL_KEY=/etc/koi-etcd/h1.key
-    etcdctl user add root && etcdctl user grant-role root root
+    openssl rand -hex 16 > root-password
+    etcdctl user add root --interactive=false < root-password
+    etcdctl user grant-role root root
     etcdctl role add koi
     etcdctl role grant-permission koi --prefix=true readwrite /koi/v1/
-    etcdctl user add koi && etcdctl user grant-role koi koi
+    etcdctl user add koi --interactive=false < password
+    etcdctl user grant-role koi koi
     etcdctl auth enable
+    etcdctl --user root:$(cat root-password) member list
 
 On each machine, with koi's password in a file (0600), and then the same tab
-everywhere:
+everywhere. koid reads these files when it starts, so restart it after you
+have renewed a certificate:
 
     koitab unit daemon --etcd https://h1:2379 --etcd https://h2:2379 \\
         --etcd https://h3:2379 --etcd-ca /etc/koi-etcd/ca.pem \\
@@ -29084,8 +29110,8 @@ everywhere:
 What to monitor: `koitab status` names a problem of etcd and then has the
 status 1. It shows for each job of a group which host ran it last. elsewhere
 counts as good for alerts, the run history bars and koi_job_ok. For the age of
-the last success take the newest of all hosts (`koitab help api`). Monitor
-etcd, too.
+the last success take the newest of all hosts (`koitab help api`). Alert when
+two members of etcd are down, or its disk is full: then nothing starts.
 
 The process that asks etcd (koi-claims) is not root and has no file of koi. An
 attacker who takes it over can lose starts, or let this host make one that is

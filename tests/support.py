@@ -111,7 +111,7 @@ PARTS = {   # program -> the Debian package that brings it
     "restic": "restic", "borg": "borgbackup", "rsync": "rsync",
     "setfacl": "acl", "apache2": "apache2-bin",
     "bindfs": "bindfs", "fusermount3": "fuse3",
-    "etcd": "etcd-server", "ip": "iproute2",
+    "etcd": "etcd-server", "etcdctl": "etcd-client", "ip": "iproute2",
     "mkfs.ext4": "e2fsprogs", "ps": "procps", "zsh": "zsh", "fish": "fish",
 }
 

@@ -248,6 +248,43 @@ def test_start_without_etcd_is_missed_until_etcd_names_the_host_that_ran_it(
         ("elsewhere", maker.name)], 60, "the record to be corrected")
 
 
+def test_etcd_that_is_not_there_when_koid_starts_is_a_problem_until_it_is(
+        group):
+    host, = group.single(1).with_tab([EACH_MINUTE]).hosts
+    member, = group.members
+    member.kill()
+    host.start()
+    support.wait_until(lambda: "etcd: http://127.0.0.1" in koitab_says(
+        host, "status"), 30, "the problem")
+    assert "connection refused" in koitab_says(host, "status")
+    member.start()
+    support.wait_until(group.executed, 60, "a start")
+    assert "problem" not in koitab_says(host, "status")
+
+
+def test_member_of_another_etcd_is_refused(group):
+    """As if each machine had an etcd of its own: two of them would make the
+    same start."""
+    host, = group.single(1).with_tab([EACH_MINUTE]).hosts
+    client, peer = koi_group.free_urls()
+    other = koi_group.Member(group.folder, "m2", None, client, peer).start()
+    try:
+        support.wait_until(other.answers, 60, "the other etcd")
+        group.urls.append(client)
+        host.start()
+        support.wait_until(group.executed, 60, "a start")
+        group.members[0].kill()
+        support.wait_until(lambda: f"{client}: a member of another etcd"
+                           in host.koi.problems(), 30, "the problem")
+        due = host.rows()[-1]["due"]
+        support.wait_until(lambda: host.rows()[-1]["due"] > due, 30)
+        due = host.rows()[-1]["due"]
+        support.wait_until(lambda: "missed" in [
+            state for state, _ in rows_of(host, due)], 60, "a missed start")
+    finally:
+        other.kill()
+
+
 # --- TLS, and a user -------------------------------------------------------
 
 
@@ -262,7 +299,9 @@ def make_certificates(folder) -> None:
         block = block.replace(before, after)
     done = subprocess.run(["sh", "-ec", block + (
         "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=other "
-        "-keyout other.key -out other.pem")], cwd=folder,
+        "-keyout other.key -out other.pem\n"
+        "openssl x509 -req -in koi.csr -CA ca.pem -CAkey ca.key -days -1 "
+        "-CAcreateserial -out old.pem")], cwd=folder,
         capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for key in folder.glob("*.key"):
@@ -284,19 +323,19 @@ def secure(tmp_path_factory):
     url = client.replace("http:", "https:")
     member = koi_group.Member(folder, "m1", None, url, peer, options=(
         "--cert-file", f"{folder}/h1.pem", "--key-file", f"{folder}/h1.key",
-        "--trusted-ca-file", f"{folder}/ca.pem", "--client-cert-auth"))
+        "--trusted-ca-file", f"{folder}/ca.pem", "--client-cert-auth",
+        "--auth-token-ttl", "1"))
     member.start()
-    etcd = koitab.EtcdMember(url, {
-        "user": "", "password": "",
-        **{name: (folder / file).read_text() for name, file in (
-            ("ca", "ca.pem"), ("cert", "koi.pem"), ("key", "koi.key"))}})
 
-    def answers() -> bool:
+    def connect():
         try:
-            return bool(etcd.post("/v3/maintenance/status", {}))
+            return koitab.EtcdMember(url, {"user": "", "password": "", **{
+                name: (folder / file).read_text() for name, file in (
+                    ("ca", "ca.pem"), ("cert", "koi.pem"),
+                    ("key", "koi.key"))}})
         except koitab.ConnectionFailed:
-            return False
-    support.wait_until(answers, 60, "etcd")
+            return None
+    etcd = support.wait_until(connect, 60, "etcd")
     key, end = map(koitab.base64_text, ("/koi/v1/", "/koi/v10"))
     for path, body in (
             ("user/add", {"name": "root", "password": "root"}),
@@ -312,16 +351,17 @@ def secure(tmp_path_factory):
     member.kill()
 
 
-def start_secure(koi, secure, **files: str):
+def start_secure(koi, secure, probe: float = 3.0, **files: str):
     folder, url = secure
     files = {"ca": "ca.pem", "cert": "koi.pem", "key": "koi.key",
              "password-file": "password", **files}
-    koi.tab('MAILTO=""\nKOI_ONE_OF=web\nCRON_TZ=UTC\nKOI_START_WITHIN=15s\n'
+    zero = koi_group.time.monotonic()   # of each test; so is the group
+    koi.tab(f'MAILTO=""\nKOI_ONE_OF=g{zero}\nCRON_TZ=UTC\nKOI_START_WITHIN=15s\n'
             f'"Shared" {EACH_MINUTE} echo ran\n')
-    zero = koi_group.time.monotonic()
     koi.patch = koi_group.CLOCK.format(now=NOON + 40, zero=zero,
                                        speed=koi_group.SPEED, host="h1")
-    koi.set_constants(**{**koi_group.FAST, "ETCD_PATIENCE": 4.0})
+    koi.set_constants(**{**koi_group.FAST, "ETCD_PATIENCE": 4.0,
+                         "PROBE_PAUSE": probe})
     koi.start("--etcd", url, "--etcd-user", "koi", *(
         word for name, file in files.items()
         for word in (f"--etcd-{name}", f"{folder}/{file}")))
@@ -336,11 +376,22 @@ def test_start_is_claimed_over_tls_with_a_certificate_and_a_password(
     assert koi.problems() == ""
 
 
+def test_login_is_renewed_when_etcd_has_forgotten_it(koi, secure):
+    """A token ends five minutes after its last use; here after a second.
+    That costs no start, and is not a problem."""
+    start_secure(koi, secure, probe=2.0)
+    assert [run["state"] for run in koi.ended("Shared", count=3, seconds=60)
+            ] == ["done"] * 3
+    assert koi.problems() == "" and "etcd" not in koi.log()
+
+
 @pytest.mark.parametrize("files, problem", [
     ({"password-file": "wrong"}, "invalid user ID or password"),
     ({"ca": "other.pem"}, "certificate not trusted"),
     ({"cert": "other.pem", "key": "other.key"}, "TLS failed"),
     ({"cert": "ca.pem"}, "do not belong together"),
+    ({"ca": "password"}, "TLS failed"),
+    ({"cert": "old.pem"}, "TLS failed"),
     # etcd's own rule for its JSON gateway, when it asks for a password.
     ({"cert": "h1.pem", "key": "h1.key"}, "CommonName of client"),
 ])
