@@ -16621,6 +16621,7 @@ class HttpConnection:
         self.unread = 0             # bytes of the present body
         self.idle = True            # no request is being read or answered
         self.proven = False         # it has shown a valid token
+        self.client = ()            # whose: see AccessRules.enter
 
     async def run(self) -> None:
         """Serve requests in their order until one side ends it."""
@@ -17169,14 +17170,18 @@ class HttpServer:
         self.limits.remove(connection.network, connection.proven)
 
     def make_room(self) -> bool:
-        """End the oldest connection without a valid token, a silent one if
-        there is any, so that such clients keep nobody out. False if there
-        is none."""
-        unproven = [each for each in self.connections if not each.proven]
-        for connection in [*(each for each in unproven if each.idle),
-                           *unproven][:1]:
+        """End the oldest connection without a valid token, else of the token
+        that has most, so that no client keeps others out; a silent one if
+        there is any. False if there is none."""
+        found = [each for each in self.connections if not each.proven]
+        if not found:
+            counts = Counter(each.client for each in self.connections)
+            found = [each for each in self.connections if each.client
+                     == counts.most_common(1)[0][0]]
+        for connection in [*(each for each in found if each.idle),
+                           *found][:1]:
             connection.abort()
-        return bool(unproven)
+        return bool(found)
 
     def turn_away(self, sock) -> None:
         """Answer 503, if that needs no handshake, and close."""
@@ -17533,6 +17538,8 @@ class AccessRules:
         most = MOST_OF_HOST if client[0] == "host" else MOST_OF_CLIENT
         if context.route.handler is receive_ping:
             return
+        if whose:
+            context.connection.client = client
         share = self.shares.setdefault(client, ClientShare())
         if share.requests >= most:
             raise Error("too many requests at once", "try again", 503)

@@ -119,6 +119,24 @@ def test_clients_that_send_bodies_slowly_make_room_for_others(tmp_path):
         assert found.ask("GET", "/healthz").body == b"OK"
 
 
+def test_connections_of_one_token_make_room_for_others(tmp_path):
+    """A viewer that follows all changes many times kept everyone out."""
+    with contextlib.ExitStack() as stack, DashboardProcess(
+            tmp_path, patch="k.MOST_CONNECTIONS = 20") as found:
+        found.set_up()
+        operator = stack.enter_context(found.client())
+        assert operator.ask("GET", "/api/v1/audit",
+                            token=OPERATOR_TOKEN).status == 200
+        for _ in range(22):
+            client = stack.enter_context(found.client())
+            client.send(encode_request(found.port, "GET", "/api/v1/stream",
+                                       token=VIEWER_TOKEN))
+            assert client.head()[0] == 200
+        assert found.ask("GET", "/healthz").status == 200
+        assert operator.ask("GET", "/api/v1/audit",
+                            token=OPERATOR_TOKEN).status == 200
+
+
 NINE_CONNECTIONS = """
 import socket, sys
 def connect():
