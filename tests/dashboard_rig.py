@@ -177,10 +177,10 @@ class InProcessDashboard:
 
     # --- write and read
 
-    def do(self, deed, *values):
+    def do(self, operation, *values):
         """Return the result of an operation. Raises what it raises."""
         found = []
-        self.dashboard.write(deed, *values,
+        self.dashboard.write(operation, *values,
                              then=lambda *told: found.extend(told))
         self.dashboard.run_once()
         result, error = found
@@ -777,13 +777,13 @@ class Operator:
         return {"host": host, "body": text,
                 "mac": koitab.run_mac(key or self.key(host), text)}
 
-    def verdict(self, nonce: str, seconds: float = 20) -> dict:
+    def result(self, nonce: str, seconds: float = 20) -> dict:
         """What became of a request: with the run, if there is one."""
         def settled():
             state = self.ask(f"requests/{nonce}")
             return state if state["state"] != "waiting" and (
                 state["state"] != "accepted" or state["run"]) else None
-        return support.wait_until(settled, seconds, f"a verdict on {nonce}")
+        return support.wait_until(settled, seconds, f"a result of {nonce}")
 
     def text(self, run: int) -> str:
         return self.reply("GET", f"runs/{run}/raw").body.decode()

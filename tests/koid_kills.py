@@ -42,7 +42,7 @@ KOITAB = support.load("koitab")
 BUSY = "already running"    # a supervisor that has not begun holds the lock
 
 
-class Faulty(Exception):
+class WrongState(Exception):
     """A fresh koid did not restore a correct state."""
 
 
@@ -112,7 +112,7 @@ def restart(koi, *wrap: str) -> None:
         if BUSY not in koi.log()[size:]:
             break
         time.sleep(0.1)
-    raise Faulty(f"a fresh koid does not start: {koi.log()}")
+    raise WrongState(f"a fresh koid does not start: {koi.log()}")
 
 
 def answered(koi) -> bool:
@@ -159,7 +159,7 @@ def end(process: subprocess.Popen) -> int:
         for pid in pids:
             support.kill(pid)
         process.wait()
-        raise Faulty("koid hangs") from None
+        raise WrongState("koid hangs") from None
 
 
 def life(koi, *wrap: str) -> tuple[int | None, int]:
@@ -177,7 +177,7 @@ def life(koi, *wrap: str) -> tuple[int | None, int]:
 
 def settled(koi, acked: int | None) -> Counter:
     """What a fresh koid makes of it: the states of all runs. Raises
-    Faulty."""
+    WrongState."""
     # koid looks after what it adopts every few seconds; its clock stands.
     support.wait_until(lambda: not any(map(supervised, list(
         (koi.home / "runs").iterdir()))), PATIENCE, "the supervisors")
@@ -190,7 +190,7 @@ def settled(koi, acked: int | None) -> Counter:
     if koi.stop():
         wrong.append(f"the fresh koid ended with {koi.daemon.returncode}")
     if wrong:
-        raise Faulty("; ".join(wrong) + f"\n{runs}\n{koi.log()}")
+        raise WrongState("; ".join(wrong) + f"\n{runs}\n{koi.log()}")
     return Counter(f"{run['trigger']} {run['state']}" for run in runs)
 
 
@@ -268,9 +268,9 @@ def calls_of(koi, *wrap: str) -> list[tuple[str, str]]:
             for found in [sweep.CALL.match(line)] if found]
 
 
-def kill_koid(rig: Rig, most: int | None, tell=None) -> tuple[Counter, int]:
+def kill_koid(rig: Rig, most: int | None, report=None) -> tuple[Counter, int]:
     """Kill koid at `most` of its calls: the states that came of it, and how
-    often it was hit. Raises Faulty, or gives `tell` what was wrong."""
+    often it was hit. Raises WrongState, or calls `report`."""
     made = calls_of(rig.fresh())
     points = sweep.choose(made, after="/koi/lock", most=most)
     seen, hits = Counter(), 0
@@ -280,18 +280,18 @@ def kill_koid(rig: Rig, most: int | None, tell=None) -> tuple[Counter, int]:
             acked, status = life(koi, *struck(name, n))
             hits += status == -signal.SIGKILL
             seen += settled(koi, acked)
-        except Faulty as fault:
-            judge(f"koid killed at {name} number {n}", fault, tell)
+        except WrongState as fault:
+            judge(f"koid killed at {name} number {n}", fault, report)
         finally:
             koi.stop(signal.SIGKILL)
             koi.end_jobs()
     return seen, hits
 
 
-def judge(place: str, fault: Faulty, tell) -> None:
-    if not tell:
-        raise Faulty(f"{place}: {fault}") from None
-    tell(f"{place}: {fault}")
+def judge(place: str, fault: WrongState, report) -> None:
+    if not report:
+        raise WrongState(f"{place}: {fault}") from None
+    report(f"{place}: {fault}")
 
 
 # --- a supervisor: it stops as it begins, so that strace can take hold -------
@@ -326,7 +326,7 @@ class Held:
         self.koi.spawn()
         self.koi.patch = self.unheld
         if not answered(self.koi):
-            raise Faulty(self.koi.log())
+            raise WrongState(self.koi.log())
 
     def ask(self) -> tuple[int, int]:
         """Have a run; its number, and the pid of its supervisor, which is
@@ -349,7 +349,7 @@ def watch(pid: int, *options: str) -> subprocess.Popen:
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     line = tracer.stderr.readline()
     if b"attached" not in line:
-        raise Faulty(f"strace: {line!r}")
+        raise WrongState(f"strace: {line!r}")
     os.kill(pid, signal.SIGCONT)
     return tracer
 
@@ -368,7 +368,7 @@ def calls_of_supervisor(held: Held) -> list[tuple[str, str]]:
             for found in [sweep.CALL.match(line)] if found]
 
 
-def kill_supervisor(rig: Rig, most: int | None, tell=None
+def kill_supervisor(rig: Rig, most: int | None, report=None
                     ) -> tuple[Counter, int]:
     """Kill a supervisor at `most` of its calls; koid continues, or at every
     second one is killed with it. As kill_koid."""
@@ -382,8 +382,8 @@ def kill_supervisor(rig: Rig, most: int | None, tell=None
                 state = strike_supervisor(held, name, n, both=count % 2 == 1)
                 seen[state] += 1
                 hits += 1
-            except Faulty as fault:
-                judge(f"supervisor killed at {name} number {n}", fault, tell)
+            except WrongState as fault:
+                judge(f"supervisor killed at {name} number {n}", fault, report)
     finally:
         koi.stop(signal.SIGKILL)
         koi.end_jobs()
@@ -411,9 +411,9 @@ def strike_supervisor(held: Held, name: str, n: int, both: bool) -> str:
         held.start()
     if executed > 1 or state not in ("done", "interrupted") \
             or state == "done" and not executed:
-        raise Faulty(f"executed {executed} times, and is {state}")
+        raise WrongState(f"executed {executed} times, and is {state}")
     if (koi.home / "runs" / str(run)).exists():
-        raise Faulty("its file is left")
+        raise WrongState("its file is left")
     return state
 
 
@@ -443,7 +443,7 @@ def quiet(koi, run: int) -> None:
     support.wait_until(none, PATIENCE, "its job")
 
 
-def stall_supervisor(rig: Rig, most: int | None, tell=None
+def stall_supervisor(rig: Rig, most: int | None, report=None
                      ) -> tuple[Counter, int]:
     """Stop a supervisor at `most` of its calls, as a busy machine might;
     kill koid; start a fresh one, and let the supervisor continue."""
@@ -455,8 +455,9 @@ def stall_supervisor(rig: Rig, most: int | None, tell=None
             try:
                 seen[stall(held, name, n)] += 1
                 hits += 1
-            except Faulty as fault:
-                judge(f"supervisor stalled at {name} number {n}", fault, tell)
+            except WrongState as fault:
+                judge(f"supervisor stalled at {name} number {n}", fault,
+                      report)
     finally:
         held.koi.stop(signal.SIGKILL)
         held.koi.end_jobs()
@@ -500,7 +501,7 @@ def stall(held: Held, name: str, n: int) -> str:
     koi.stop()
     held.start()
     if executed > 1 or executed and state not in ("done", "interrupted"):
-        raise Faulty(f"executed {executed} times, and is {state}")
+        raise WrongState(f"executed {executed} times, and is {state}")
     return state
 
 

@@ -37,7 +37,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
         self.lists: list[dict] = []
         self.requests: list[dict] = []      # to be handed out
         self.results: list[dict] = []
-        self.watched: dict[str, int] = {}
+        self.followed: dict[str, int] = {}
         self.live: dict[str, bytearray] = {}
         self.twist = twist
         self.thread = threading.Thread(target=self.serve_forever, args=(0.02,),
@@ -78,7 +78,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
             if piece.get("reset"):
                 self.live[name] = bytearray()
             self.live[name] += base64.b64decode(piece["data"])
-            self.watched[name] = len(self.live[name])
+            self.followed[name] = len(self.live[name])
         if "list" in payload:
             self.lists.append(payload["list"])
         self.results += payload.get("results", ())
@@ -93,21 +93,21 @@ class Dashboard(http.server.ThreadingHTTPServer):
         with self.turn:
             self.take(payload)
             self.turn.notify_all()
-            while not self.requests and set(self.watched) == told \
+            while not self.requests and set(self.followed) == told \
                     and time.monotonic() < until and not gone():
                 self.turn.wait(min(0.1, max(0, until - time.monotonic())))
             requests = []
             if not gone():
                 requests, self.requests = self.requests, []
             told.clear()
-            told.update(self.watched)
+            told.update(self.followed)
         return {"v": 3, "acked": self.acked, "want_list": not self.lists,
                 "missing_output": [
                     [run, len(self.outputs.get(run, b""))]
                     for run, record in self.records.items()
                     if record["state"] == "done"
                     and len(self.outputs.get(run, b"")) < record["size"]],
-                "live": dict(self.watched), "requests": requests}
+                "live": dict(self.followed), "requests": requests}
 
     # --- for tests
 
@@ -119,7 +119,7 @@ class Dashboard(http.server.ThreadingHTTPServer):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise AssertionError(f"waited {seconds} s for {what}; "
-                                         f"verdicts {self.results}")
+                                         f"results {self.results}")
                 self.turn.wait(min(left, 0.5))
             return question()
 
@@ -130,10 +130,10 @@ class Dashboard(http.server.ThreadingHTTPServer):
                 KEY, body) if mac is None else mac})
             self.turn.notify_all()
 
-    def verdict(self, nonce: str) -> dict:
+    def result(self, nonce: str) -> dict:
         return self.wait_for(lambda: next((
-            verdict for verdict in self.results
-            if verdict["nonce"] == nonce), None), what=f"verdict {nonce}")
+            result for result in self.results
+            if result["nonce"] == nonce), None), what=f"result {nonce}")
 
     def specs(self) -> dict[str, str]:
         """Name -> spec text, of the newest list."""
@@ -179,7 +179,7 @@ def enrollment(url: str, **changes):
     return koitab.Enrollment(**{**fields, **changes})
 
 
-def belong(koi: support.Koi, url: str, **changes) -> None:
+def join_dashboard(koi: support.Koi, url: str, **changes) -> None:
     """Give a koid's home the keys of a dashboard."""
     path = koi.home / "keys"
     path.write_text(enrollment(url, **changes).to_json())

@@ -112,7 +112,7 @@ def free_port() -> int:
 # ==========================================================================
 
 @dataclass
-class Letter:
+class ReceivedMail:
     """One message as it came over the wire, dots unstuffed."""
 
     sender: str
@@ -243,7 +243,7 @@ class MailHandler(socketserver.StreamRequestHandler):
             return          # cut off before the dot: not a message
         with self.sink.changed:
             self.sink.wires.append(b"".join(lines))
-            self.sink.letters.append(Letter(
+            self.sink.mails.append(ReceivedMail(
                 self.sender, self.recipients,
                 b"".join(x[1:] if x.startswith(b".") else x for x in lines),
                 self.login, self.secure))
@@ -267,20 +267,20 @@ class Sink(Service):
         self.security, self.certificate = security, certificate
         self.account, self.silent, self.answers = account, False, {}
         self.refused: dict[str, str] = {}       # "TO:<a@b>" -> reply
-        self.letters, self.wires = [], []
+        self.mails, self.wires = [], []
         self.commands, self.logins, self.sessions = [], [], 0
 
     def refuse(self, address: str, reply: str) -> None:
         """Answer RCPT for this address with `reply`."""
         self.refused[f"TO:<{address}>"] = reply
 
-    def wait(self, count: int, seconds: float = 10) -> list[Letter]:
+    def wait(self, count: int, seconds: float = 10) -> list[ReceivedMail]:
         with self.changed:
-            self.changed.wait_for(lambda: len(self.letters) >= count, seconds)
-        return self.letters
+            self.changed.wait_for(lambda: len(self.mails) >= count, seconds)
+        return self.mails
 
     def subjects(self) -> list[str]:
-        return [letter.subject for letter in self.letters]
+        return [mail.subject for mail in self.mails]
 
 
 # ==========================================================================

@@ -476,11 +476,11 @@ def test_mail_is_sent_to_the_mail_server_after_the_login(
                  **{"from": "koi@example.net"})
         fail(quiet)
         deliver(quiet)
-    letter, = sink.letters
-    assert (letter.sender, letter.recipients, letter.login, letter.secure) == (
+    mail, = sink.mails
+    assert (mail.sender, mail.recipients, mail.login, mail.secure) == (
         "<koi@example.net>", ["ops@example.org"], ACCOUNT, security != "none")
-    assert letter["From"] == "koi <koi@example.net>"
-    assert "exit status 1" in letter.text and letter["Bcc"] == "None"
+    assert mail["From"] == "koi <koi@example.net>"
+    assert "exit status 1" in mail.text and mail["Bcc"] == "None"
     assert sink.commands[-1].upper() == "QUIT" and b"\n" not in \
         sink.wires[0].replace(b"\r\n", b"")
     assert quiet.rows("select * from notifications") == []
@@ -503,7 +503,7 @@ def test_mail_server_without_starttls_gets_no_mail(quiet):
         add_smtp(quiet, sink, security="starttls")
         fail(quiet)
         deliver(quiet)
-    assert sink.letters == [] and "STARTTLS" in shown(quiet)["error"]
+    assert sink.mails == [] and "STARTTLS" in shown(quiet)["error"]
     assert len(quiet.rows("select * from notifications")) == 1
 
 
@@ -527,7 +527,7 @@ def test_mail_that_is_refused_permanently_is_not_repeated(
         sink.answers.clear()
         quiet.clock.time += 15
         deliver(quiet)
-        assert len(sink.letters) == is_repeated
+        assert len(sink.mails) == is_repeated
 
 
 def test_refused_login_is_reported_without_the_password(quiet):

@@ -37,11 +37,11 @@ class Host(koitab.Machine):
         return self.shut_out if user != "root" else ""
 
 
-def master(name: str = "alice"):
+def admin(name: str = "alice"):
     return koitab.Caller(ME, name)
 
 
-def stranger(name: str = "mallory"):
+def other_user(name: str = "mallory"):
     return koitab.Caller(OTHER, name)
 
 
@@ -195,7 +195,7 @@ def test_label_of_a_long_line_is_cut(desk):
     desk.registry.scheduled_jobs[:] = registry(
         (KOITAB, "alice", f"@daily echo {'x' * 90_000}\n")).scheduled_jobs
     add_runs(desk, "alice", 1)
-    reply = desk.answer(master(), {"op": "history"})
+    reply = desk.answer(admin(), {"op": "history"})
     assert len(reply[0]["runs"][0]["label"]) == koitab.LONGEST_LABEL
 
 
@@ -231,7 +231,7 @@ def test_bytes_that_are_not_utf_8_are_preserved():
     "answer", "__class__", "run"])
 def test_unknown_operation_is_refused(desk, op):
     with pytest.raises(Error, match="unknown request"):
-        desk.answer(master(), {"op": op})
+        desk.answer(admin(), {"op": op})
 
 
 WRONG = [None, 5, 1.5, True, False, [], {}, ["x"], {"a": 1}, "x", "", "5",
@@ -252,14 +252,14 @@ def test_field_of_another_type_is_refused(desk, monkeypatch, field, value):
                 for good in RIGHT[field])
     request = {"op": "list", field: value}
     if right:
-        assert desk.answer(master(), request) == ({"ok": 1}, b"")
+        assert desk.answer(admin(), request) == ({"ok": 1}, b"")
     else:
         with pytest.raises(Error, match=f"{field} has the wrong type"):
-            desk.answer(master(), request)
+            desk.answer(admin(), request)
 
 
 def test_unknown_fields_are_ignored(desk):
-    reply, rest = desk.answer(master(), {"op": "list", "uid": 0, "x": [1]})
+    reply, rest = desk.answer(admin(), {"op": "list", "uid": 0, "x": [1]})
     assert reply["text"].startswith("[Night]") and rest == b""
 
 
@@ -271,7 +271,7 @@ def test_reply_has_at_most_a_thousand_rows_of_history(desk, limit, rows):
     request = {"op": "history"}
     if limit is not None:
         request["limit"] = limit
-    assert len(desk.answer(master(), request)[0]["runs"]) == rows
+    assert len(desk.answer(admin(), request)[0]["runs"]) == rows
 
 
 @pytest.mark.parametrize("limit", [-1, -5, -2**62])
@@ -279,7 +279,7 @@ def test_history_is_limited_for_any_value_of_limit(desk, limit):
     """To SQLite a negative one is."""
     add_runs(desk, "alice", 1_200)
     try:
-        reply, _ = desk.answer(master(), {"op": "history", "limit": limit})
+        reply, _ = desk.answer(admin(), {"op": "history", "limit": limit})
     except Error:
         return
     assert len(reply["runs"]) <= koitab.MOST_ROWS
@@ -289,7 +289,7 @@ def test_tab_that_is_too_long_is_refused_before_it_is_parsed(
         desk, monkeypatch):
     monkeypatch.setattr(koitab, "parse_tab", lambda *_, **__: 1 / 0)
     with pytest.raises(Error, match="larger than"):
-        desk.answer(master(), {"op": "install", "text": "x" * (2**20 + 1)})
+        desk.answer(admin(), {"op": "install", "text": "x" * (2**20 + 1)})
 
 
 # Whose is it? ----------------------------------------------------------------
@@ -305,17 +305,17 @@ NO_USER = "unknown"
     (koitab.Caller(0, "root"), "alice", "alice", "alice"),
     (koitab.Caller(0, "root"), "ghost", NO_USER, "ghost"),
     (koitab.Caller(0, "root"), "../x", NO_USER, "../x"),
-    (stranger("mallory"), None, "mallory", "mallory"),
-    (stranger("mallory"), "", "mallory", "mallory"),
-    (stranger("mallory"), "mallory", "mallory", "mallory"),
-    (stranger("mallory"), "alice", MUST, MUST),
-    (stranger("mallory"), "root", MUST, MUST),
-    (stranger("mallory"), "../x", MUST, MUST),
-    (stranger("ghost"), None, NO_USER, "ghost"),
+    (other_user("mallory"), None, "mallory", "mallory"),
+    (other_user("mallory"), "", "mallory", "mallory"),
+    (other_user("mallory"), "mallory", "mallory", "mallory"),
+    (other_user("mallory"), "alice", MUST, MUST),
+    (other_user("mallory"), "root", MUST, MUST),
+    (other_user("mallory"), "../x", MUST, MUST),
+    (other_user("ghost"), None, NO_USER, "ghost"),
     # userdel, a container, a service: a uid without a name is not everyone.
-    (stranger(""), None, "no name", "no name"),
-    (stranger(""), "", "no name", "no name"),
-    (stranger(""), "alice", MUST, MUST),
+    (other_user(""), None, "no name", "no name"),
+    (other_user(""), "", "no name", "no name"),
+    (other_user(""), "alice", MUST, MUST),
 ])
 def test_user_may_name_only_their_own_account_and_root_any(
         desk, caller, user, whose, mine):
@@ -346,7 +346,7 @@ def test_koid_of_an_ordinary_user_serves_only_that_user(
 
 
 @pytest.mark.parametrize("caller, user, says", [
-    (stranger("mallory"), None,
+    (other_user("mallory"), None,
      "You (mallory) are not allowed to use this program (koitab)"),
     (koitab.Caller(0, "root"), "mallory",
      "The user mallory cannot use this program (koitab)"),
@@ -366,7 +366,7 @@ def test_excluded_user_gets_crontabs_message(
 
 
 @pytest.mark.parametrize("op", ["jobs", "history", "status"])
-@pytest.mark.parametrize("caller", [stranger("mallory"), stranger("")])
+@pytest.mark.parametrize("caller", [other_user("mallory"), other_user("")])
 def test_reply_contains_nothing_of_another_user(desk, op, caller):
     add_runs(desk, "alice", 3)
     try:
@@ -379,7 +379,7 @@ def test_reply_contains_nothing_of_another_user(desk, op, caller):
 
 
 @pytest.mark.parametrize("op", ["log", "kill"])
-@pytest.mark.parametrize("caller", [stranger("mallory"), stranger("")])
+@pytest.mark.parametrize("caller", [other_user("mallory"), other_user("")])
 @pytest.mark.parametrize("request_of", [{"run": 1}, {"job": "Hers"}, {}])
 def test_run_of_another_user_is_not_found(desk, op, caller, request_of):
     add_runs(desk, "alice", 3)
@@ -766,11 +766,11 @@ def test_root_trusts_only_files_that_others_cannot_write(how, given, fault):
     assert fault in found if fault else found == ""
 
 
-@pytest.mark.parametrize("how, given, mend", [
+@pytest.mark.parametrize("how, given, fix", [
     (OWN, status(REGULAR | 0o666), "chmod go-w"),
     (SPOOLED, status(REGULAR | 0o644), "chmod 600")])
-def test_error_of_an_unsafe_file_names_the_fix(how, given, mend):
-    assert mend in koitab.file_error(given, *how)
+def test_error_of_an_unsafe_file_names_the_fix(how, given, fix):
+    assert fix in koitab.file_error(given, *how)
 
 
 def test_symbolic_link_is_followed_only_where_packages_may_place_one(tmp_path):

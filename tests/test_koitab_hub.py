@@ -80,8 +80,8 @@ def test_failed_operation_does_not_undo_the_others(dashboard):
         db.execute("insert into nowhere values (1)")
 
     told = []
-    for deed, *values in ((good, "a"), (bad,), (bug,), (good, "b")):
-        dashboard.dashboard.write(deed, *values,
+    for operation, *values in ((good, "a"), (bad,), (bug,), (good, "b")):
+        dashboard.dashboard.write(operation, *values,
                                   then=lambda *how: told.append(how))
     dashboard.dashboard.run_once()
     assert [how[0] for how in told] == ["a", None, None, "b"]
@@ -115,12 +115,12 @@ def test_operation_is_answered_after_its_commit(dashboard):
 
 
 def test_failed_operation_does_not_change_the_memory(dashboard):
-    def deed(_db):
+    def operation(_db):
         dashboard.dashboard.changes.after_commit(lambda: done.append(1))
         raise Error("no")
 
     done = []
-    dashboard.dashboard.write(deed)
+    dashboard.dashboard.write(operation)
     dashboard.dashboard.run_once()
     assert done == []
 
@@ -156,13 +156,13 @@ def test_bug_in_the_writer_thread_ends_it_and_no_caller_hangs(tmp_path):
 
 
 def test_disk_error_ends_all_writes_and_reads_continue(dashboard, monkeypatch):
-    def deed(_db):
+    def operation(_db):
         raise sqlite3.OperationalError("disk I/O error")
 
     monkeypatch.setattr(dashboard.dashboard.db, "is_disk_full",
                         lambda: False)
     with pytest.raises(Error, match="I/O"):
-        dashboard.do(deed)
+        dashboard.do(operation)
     assert "I/O" in dashboard.dashboard.broken
     with pytest.raises(Error):
         dashboard.do(lambda db: 1)
@@ -170,13 +170,13 @@ def test_disk_error_ends_all_writes_and_reads_continue(dashboard, monkeypatch):
 
 
 def test_full_disk_gives_507_until_there_is_room(dashboard, monkeypatch):
-    def deed(_db):
+    def operation(_db):
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(koitab.Dashboard, "make_ballast", lambda hub: room)
     room = False
     with refused(507):
-        dashboard.do(deed)
+        dashboard.do(operation)
     assert not os.path.exists(dashboard.path + ".ballast")
     assert "full" in dashboard.state["problems"][0]
     with refused(507):

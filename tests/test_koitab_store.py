@@ -45,12 +45,12 @@ def add(store, state: str = "done", job=BACKUP, **fields) -> int:
     """Add a run, as koid does; its number."""
     key = store.job_key(whose(job), job)
     store.last += 1
-    deeds = [store.insert({"id": store.last, "job": key, "state": state,
+    statements = [store.insert({"id": store.last, "job": key, "state": state,
                            "trigger": "schedule", **fields})]
     if state == "done":
-        deeds.append(("insert into output values (?, ?)",
+        statements.append(("insert into output values (?, ?)",
                       (store.last, b"output %d" % store.last)))
-    store.write(deeds)
+    store.write(statements)
     return store.last
 
 
@@ -403,9 +403,9 @@ def test_history_survives_a_full_file_system(tmp_path):
          ' exec "$2" -c "$3" "$4" "$1"', "sh", str(disk), sys.executable,
          DRIVER, str(Path(koitab.__file__))], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, timeout=60)
-    answers, trouble = done.stdout.decode().splitlines()
+    answers, error = done.stdout.decode().splitlines()
     assert answers == "False False True y 100000"
-    assert "full" in trouble or "I/O" in trouble
+    assert "full" in error or "I/O" in error
 
 
 def test_database_of_another_program_or_version_is_refused_unchanged(path):

@@ -203,9 +203,9 @@ class Loader:
     """One of this file's functions in its own process. It says one
     line when it is ready (or done) and ends with our end of its stdin."""
 
-    def __init__(self, deed, *values):
+    def __init__(self, operation, *values):
         self.process = subprocess.Popen(
-            [sys.executable, "-B", __file__, "--inside", deed.__name__,
+            [sys.executable, "-B", __file__, "--inside", operation.__name__,
              json.dumps(values), "--koitab", KOI.__file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -228,9 +228,9 @@ class Loader:
         self.process.stdout.close()
 
 
-def done_by(deed, *values):
+def done_by(operation, *values):
     """What such a process found."""
-    with Loader(deed, *values) as loader:
+    with Loader(operation, *values) as loader:
         return loader.said()
 
 
@@ -305,9 +305,9 @@ class Rounds:
     def __init__(self):
         self.found = collections.defaultdict(list)
 
-    def take(self, name: str, pid: int, deed, *values) -> None:
+    def take(self, name: str, pid: int, operation, *values) -> None:
         before, began = seconds_of(pid), time.monotonic()
-        found = done_by(deed, *values)
+        found = done_by(operation, *values)
         found["served"] = (seconds_of(pid) - before) / (
             time.monotonic() - began)
         self.found[name].append(found)
@@ -1041,9 +1041,8 @@ def question_row(client, name: str, path, many: int,
 
 FIGURES = {figure.__name__: figure for figure in (pings, records, agents,
                                                   idle, click, million)}
-INSIDE = {deed.__name__: deed for deed in (load_pings, load_fresh_pings,
-                                           load_records,
-                                           load_agents, serve_plain)}
+INSIDE = {function.__name__: function for function in (
+    load_pings, load_fresh_pings, load_records, load_agents, serve_plain)}
 KOI = None
 
 

@@ -103,9 +103,9 @@ def rated(name: str, wanted: str, pairs: int, count: int, ours, theirs
     """The median ratio of the pairs, and both as so many a second."""
     times = []
     ours(), theirs()
-    for deed in [ours, theirs] * pairs:
+    for operation in [ours, theirs] * pairs:
         began = time.perf_counter()
-        deed()
+        operation()
         times.append(time.perf_counter() - began)
     mine, others = times[::2], times[1::2]
     ratio = statistics.median(b / a for a, b in zip(mine, others))

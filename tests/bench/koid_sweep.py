@@ -47,13 +47,13 @@ def sweep(name: str, most: int | None, where: str | None) -> int:
     """Do one of them, and say what came of it; how much was wrong."""
     found: list[str] = []
 
-    def tell(text: str) -> None:
+    def report(text: str) -> None:
         found.append(text)
         print(text.partition("\n")[0], flush=True)
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=where) as folder:
-        seen, hits = SWEEPS[name](koid_kills.Rig(Path(folder)), most, tell)
+        seen, hits = SWEEPS[name](koid_kills.Rig(Path(folder)), most, report)
     print(f"{name}: {hits} blows in {time.monotonic() - began:.0f} s, "
           f"{len(found)} wrong; {koid_kills.counts(seen)}", flush=True)
     return len(found)

@@ -158,9 +158,11 @@ def high_water(pid: int) -> int:
     return 0
 
 
-def in_turn(runs: int, *deeds) -> list[list[float]]:
-    """A B A B ...: the times of each deed. The first turn warms the disk."""
-    turns = [[deed() for deed in deeds] for _ in range(runs + 1)][1:]
+def in_turn(runs: int, *operations) -> list[list[float]]:
+    """A B A B ...: the times of each operation; the first turn warms the disk.
+    """
+    turns = [[operation() for operation in operations]
+             for _ in range(runs + 1)][1:]
     return [list(times) for times in zip(*turns)]
 
 

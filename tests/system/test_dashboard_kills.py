@@ -49,17 +49,17 @@ class Load:
         self.again = 0          # requests that were posted once more
         self.threads = []
 
-    def start(self, *deeds) -> "Load":
-        self.threads = [threading.Thread(target=self.keep_on, args=deed)
-                        for deed in deeds]
+    def start(self, *actions) -> "Load":
+        self.threads = [threading.Thread(target=self.keep_on, args=action)
+                        for action in actions]
         for thread in self.threads:
             thread.start()
         return self
 
-    def keep_on(self, deed, *values) -> None:
+    def keep_on(self, action, *values) -> None:
         try:
             while not self.over.is_set():
-                deed(*values)
+                action(*values)
         except BaseException as fault:
             self.faults.append(repr(fault))
             raise
@@ -329,7 +329,7 @@ def test_undelivered_results_are_sent_later_once_each(koi):
     it takes nothing: what waits is no longer than there are requests."""
     koi.tab('"Plain" @manual echo plain\n')
     with lying_dashboard.Dashboard() as dashboard:
-        lying_dashboard.belong(koi, dashboard.url)
+        lying_dashboard.join_dashboard(koi, dashboard.url)
         koi.start()
         spec, turned_away = dashboard.specs()["Plain"], []
 
@@ -352,8 +352,8 @@ def test_undelivered_results_are_sent_later_once_each(koi):
         support.wait_until(lambda: turned_away)
         dashboard.twist = None
         dashboard.wait_for(lambda: {body["nonce"] for body in bodies} == {
-            verdict["nonce"] for verdict in dashboard.results}, 30)
-        told = [verdict["state"] for verdict in dashboard.results]
+            result["nonce"] for result in dashboard.results}, 30)
+        told = [result["state"] for result in dashboard.results]
         assert set(told) == {"accepted"} and len(told) <= 60
         assert max(turned_away) <= 30
         dashboard.wait_for(lambda: len(dashboard.outputs) == 30)

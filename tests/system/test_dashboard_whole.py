@@ -159,9 +159,9 @@ def test_secret_argument_is_not_shown_and_in_no_file(
     files = [path for folder in (server.folder, web1_host.home)
              for path in folder.rglob("*") if path.is_file()]
     assert {server.db, web1_host.home / "history.db"} <= set(files)
-    veiled = [SECRET.encode(), SECRET.encode().hex().encode()]
+    forms = [SECRET.encode(), SECRET.encode().hex().encode()]
     assert [path for path in files
-            if any(text in path.read_bytes() for text in veiled)] == []
+            if any(text in path.read_bytes() for text in forms)] == []
 
 
 def test_a_long_run_is_killed_from_the_page(web1_host, operator, browser):
@@ -418,7 +418,7 @@ MARKUP = """
 """
 
 
-class Liar:
+class FakeHost:
     """A host whose every text is hostile."""
 
     def __init__(self, operator, at: int):
@@ -456,7 +456,7 @@ def lie(at: int) -> dict:
 def lies(operator) -> tuple:
     """A dashboard full of it: the run with the output, the job with the
     form, and the check with the pings."""
-    liar = [Liar(operator, at) for at in range(200)][0]
+    fake = [FakeHost(operator, at) for at in range(200)][0]
     form = {**lie(1), "tag": "form", "when": "@manual", "params": [
         {"name": f"{at} {text}", "type": "choice" if at % 2 else "string",
          "default": text, "choices": [CORPUS[at - 1], text]}
@@ -464,7 +464,7 @@ def lies(operator) -> tuple:
     now, frames = time.time(), b"".join(koitab.frame(
         1 + at % 2, at, text.encode() + b"\n")
         for at, text in enumerate(CORPUS))
-    liar.sync(list=liar.listed(CORPUS[0], [form, *map(lie, range(200))]),
+    fake.sync(list=fake.listed(CORPUS[0], [form, *map(lie, range(200))]),
               problems=CORPUS[:20], records=[
         {"run": at + 1, "change": at + 1, "user": lie(at)["user"],
          "tag": f"t{at}", "section": lie(at)["section"], "name": text,
@@ -477,15 +477,15 @@ def lies(operator) -> tuple:
          "cut": False, "size": len(frames) if at == 0 else 0, "next": None,
          "nonce": ""} for at, text in enumerate(CORPUS)])
     import base64
-    liar.sync(outputs=[{"run": 1, "at": 0, "data": base64.b64encode(
+    fake.sync(outputs=[{"run": 1, "at": 0, "data": base64.b64encode(
         frames).decode()}])
-    verdicts = []
+    outcomes = []
     for text in CORPUS[:40]:
-        body = operator.request(liar.host, json.dumps(form), {text: text})
-        operator.tell("requests", operator.sealed(liar.host, body))
-        verdicts.append({"nonce": body["nonce"], "state": "refused",
+        body = operator.request(fake.host, json.dumps(form), {text: text})
+        operator.tell("requests", operator.sealed(fake.host, body))
+        outcomes.append({"nonce": body["nonce"], "state": "refused",
                          "run": None, "reason": text})
-    liar.sync(results=verdicts)
+    fake.sync(results=outcomes)
     check = operator.tell("checks", {
         "name": CORPUS[0], "slug": "", "tags": CORPUS[1], "desc": CORPUS[2],
         "kind": "simple", "period": 3600, "grace": 60})["id"]
@@ -678,16 +678,16 @@ def test_host_that_left_is_no_longer_a_member_and_its_runs_are_kept(
 
 
 def test_running_runs_of_a_lost_history_become_interrupted(second):
-    liar = Liar(second, 7)
+    fake = FakeHost(second, 7)
     record = {"run": 1, "change": 1, "user": "root", "tag": "lost",
               "label": "Lost", "trigger": "manual", "state": "running",
               "started": time.time(), "args": {}, "size": 0, "cut": False}
     ended = {**record, "run": 2, "change": 2, "state": "done", "exit": 0,
              "ended": time.time(), "size": 100}
-    liar.sync(epoch=7, records=[record, ended])
+    fake.sync(epoch=7, records=[record, ended])
     assert [run["state"] for run in second.runs("Lost")] == [
         "done", "running"]
-    assert liar.sync(epoch=8)["missing_output"] == []
+    assert fake.sync(epoch=8)["missing_output"] == []
     done, lost = second.runs("Lost")
     assert (lost["state"], lost["reason"]) == (
         "interrupted", "the host lost its history")
@@ -696,12 +696,12 @@ def test_running_runs_of_a_lost_history_become_interrupted(second):
 
 
 def test_request_held_by_a_killed_agent_is_sent_to_the_next_agent(second):
-    liar = Liar(second, 9)
-    body = second.request(liar.host, json.dumps(lie(1)))
-    second.tell("requests", second.sealed(liar.host, body))
-    assert len(liar.sync()["requests"]) == 1
-    assert liar.sync()["requests"] == []        # the agent has it already
-    assert len(liar.sync(instance="1800000000000-00000002")["requests"]) == 1
+    fake = FakeHost(second, 9)
+    body = second.request(fake.host, json.dumps(lie(1)))
+    second.tell("requests", second.sealed(fake.host, body))
+    assert len(fake.sync()["requests"]) == 1
+    assert fake.sync()["requests"] == []        # the agent has it already
+    assert len(fake.sync(instance="1800000000000-00000002")["requests"]) == 1
 
 
 # --- requests, without a browser: what is not as it was signed never runs
@@ -749,7 +749,7 @@ class Firm:
         """Post it; the result, as GET /requests/NONCE gives it."""
         reply = self.post(sealed or self.operator.sealed(body["host"], body))
         assert reply.status == 202, reply
-        return self.operator.verdict(body["nonce"])
+        return self.operator.result(body["nonce"])
 
     def settled(self) -> None:
         """All that was begun has ended, on both hosts."""
@@ -778,10 +778,10 @@ def firm(tmp_path_factory):
 
 def test_signed_request_runs_once_and_its_run_is_reported(firm):
     body = firm.body("Typed")
-    verdict = firm.answer(body)
-    assert verdict["state"] == "accepted" and verdict["reason"] == ""
+    result = firm.answer(body)
+    assert result["state"] == "accepted" and result["reason"] == ""
     run = support.wait_until(lambda: (found := firm.operator.ask(
-        f"runs/{verdict['run']}")["run"])["state"] == "done" and found)
+        f"runs/{result['run']}")["run"])["state"] == "done" and found)
     assert (run["exit"], run["trigger"], run["args"]) == (
         0, "manual", body["args"])
     assert firm.ran(body["nonce"]) == 1
@@ -832,9 +832,9 @@ def test_mismatched_request_is_refused_by_koid_with_the_reason(
     before = firm.done.read_text()
     runs = [len(koid.history()) for koid in firm.koids]
     body = firm.body(name, **changes)
-    verdict = firm.answer(body, seal(firm, body))
-    assert verdict["state"] == "refused" and why in verdict["reason"], verdict
-    assert verdict["run"] is None
+    result = firm.answer(body, seal(firm, body))
+    assert result["state"] == "refused" and why in result["reason"], result
+    assert result["run"] is None
     assert [len(koid.history()) for koid in firm.koids] == runs
     assert firm.done.read_text() == before
 
@@ -856,10 +856,10 @@ def test_job_changed_after_the_list_is_not_run_by_the_request(firm):
     body = firm.body()
     firm.koids[0].install(firm.tab.replace("echo {{Nonce}}",
                                            "echo not {{Nonce}}"))
-    verdict = firm.answer(body)
+    result = firm.answer(body)
     firm.koids[0].install(firm.tab)
-    assert verdict["state"] == "refused"
-    assert "the job has changed since it was shown" in verdict["reason"]
+    assert result["state"] == "refused"
+    assert "the job has changed since it was shown" in result["reason"]
     assert firm.ran(body["nonce"]) == 0
 
 
@@ -869,7 +869,7 @@ def test_repeated_request_runs_once(firm):
     first = firm.answer(body)
     again = [firm.post(sealed) for _ in range(5)]
     assert [reply.status for reply in again] == [202] * 5
-    assert firm.operator.verdict(body["nonce"]) == first
+    assert firm.operator.result(body["nonce"]) == first
     other = {**body, "args": {"Nonce": "another"}}
     assert firm.post(honest(firm, other)).status == 409
     firm.settled()
@@ -891,9 +891,9 @@ def test_compromised_dashboard_starts_no_run_by_replaying_requests(firm):
         "update requests set state = 'waiting', reason = '', n = null, "
         "expires = expires + 600 returning nonce")]
     assert len(nonces) > 15
-    verdicts = {nonce: firm.operator.verdict(nonce) for nonce in nonces}
+    outcomes = {nonce: firm.operator.result(nonce) for nonce in nonces}
     for body in fresh:
-        assert verdicts[body["nonce"]]["reason"] == \
+        assert outcomes[body["nonce"]]["reason"] == \
             "the request was used before, and ran once"
     firm.settled()
     assert sorted(firm.done.read_text().split()) == before
@@ -909,9 +909,9 @@ def test_dashboard_cannot_extend_the_expiry_of_a_request(firm):
               "select id, ?, ?, ?, ?, ? from hosts where host = ?",
               body["nonce"], sealed["body"], sealed["mac"], time.time(),
               time.time() + 600, body["host"])
-    verdict = firm.operator.verdict(body["nonce"])
-    assert verdict["state"] == "refused"
-    assert "the request expired" in verdict["reason"]
+    result = firm.operator.result(body["nonce"])
+    assert result["state"] == "refused"
+    assert "the request expired" in result["reason"]
     assert firm.ran(body["nonce"]) == 0
 
 
@@ -920,9 +920,9 @@ def test_request_that_no_host_fetches_expires(firm):
     now = int(time.time() * 1000)
     body = firm.body(at=1, iat=now, exp=now + 1_500)
     assert firm.post(honest(firm, body)).status == 202
-    verdict = firm.operator.verdict(body["nonce"])
+    result = firm.operator.result(body["nonce"])
     firm.koids[1].start()
-    assert verdict["state"] == "expired", verdict
+    assert result["state"] == "expired", result
     assert firm.answer(firm.body(at=1))["state"] == "accepted"
     assert firm.ran(body["nonce"]) == 0
 
@@ -948,16 +948,16 @@ def test_host_restored_from_a_backup_repeats_no_request_and_continues(firm):
     koid.start()
     firm.rows("update requests set state = 'waiting', n = null where nonce "
               "= ?", body["nonce"])
-    verdict = firm.operator.verdict(body["nonce"])
-    assert verdict["reason"] == "the request is too old: this host cannot " \
+    result = firm.operator.result(body["nonce"])
+    assert result["reason"] == "the request is too old: this host cannot " \
         "check whether it was used before"
     assert firm.ran(body["nonce"]) == 1
     count = len(firm.server.rows("select 1 from runs"))
     fresh = firm.body()
-    verdict = firm.answer(fresh)
+    result = firm.answer(fresh)
     firm.settled()
-    assert verdict["state"] == "accepted" and firm.ran(fresh["nonce"]) == 1
+    assert result["state"] == "accepted" and firm.ran(fresh["nonce"]) == 1
     # Its number was used before; what is shown is this one, and once.
-    assert firm.operator.ask(f"runs/{verdict['run']}")["run"]["args"] == \
+    assert firm.operator.ask(f"runs/{result['run']}")["run"]["args"] == \
         fresh["args"]
     assert len(firm.server.rows("select 1 from runs")) == count + 1

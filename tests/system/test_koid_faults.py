@@ -1266,7 +1266,7 @@ def carries_on(koi, clock) -> None:
             has_started(koi, before)
             assert koi.stop() == 0
             return
-        except (koitab.Error, AssertionError, koid_kills.Faulty,
+        except (koitab.Error, AssertionError, koid_kills.WrongState,
                 sqlite3.Error, pytest.fail.Exception):
             if last:
                 raise
@@ -1630,6 +1630,6 @@ def test_sweep_detects_a_koid_that_records_no_end(tmp_path):
     db.close()
     for run in (1, 2, 3):       # as if no supervisor had claimed them
         assert not (koi.home / "runs" / str(run)).exists()
-    with pytest.raises(koid_kills.Faulty, match="executed 2 times"):
+    with pytest.raises(koid_kills.WrongState, match="executed 2 times"):
         koid_kills.settled(koi, acked)
     koi.stop(signal.SIGKILL)

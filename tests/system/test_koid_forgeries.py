@@ -168,7 +168,7 @@ def hand_out(dashboard, batch: list[dict]) -> None:
         dashboard.results.clear()
         dashboard.requests += [*batch, last]
         dashboard.turn.notify_all()
-    dashboard.verdict(json.loads(last["body"])["nonce"])
+    dashboard.result(json.loads(last["body"])["nonce"])
 
 
 def test_no_mutated_or_replayed_request_is_executed(koi):
@@ -180,7 +180,7 @@ def test_no_mutated_or_replayed_request_is_executed(koi):
             f'"Scheduled" 0 0 29 2 * echo scheduled >> {written}\n'
             f'KOI_CONFIRM=cli\n"Terminal" @manual echo cli >> {written}\n')
     with lying_dashboard.Dashboard() as dashboard:
-        lying_dashboard.belong(koi, dashboard.url)
+        lying_dashboard.join_dashboard(koi, dashboard.url)
         koi.start()
         genuine = []
         for word in ("one", "two", "three"):
@@ -188,7 +188,7 @@ def test_no_mutated_or_replayed_request_is_executed(koi):
                 dashboard.specs()["Write"], {"Word": word}))
             genuine.append({"body": body, "mac": koitab.run_mac(KEY, body)})
             dashboard.ask(body)
-            dashboard.verdict(json.loads(body)["nonce"])
+            dashboard.result(json.loads(body)["nonce"])
         forger = Forger(dashboard.specs(), genuine, random.Random(seed))
         for first in range(0, COUNT, BATCH):
             batch = [forger.make(number) for number in
@@ -203,7 +203,7 @@ def test_no_mutated_or_replayed_request_is_executed(koi):
         # What the forgeries were made from would have been executed.
         body = text_of(forger.fields(args={"Word": "last"}))
         dashboard.ask(body)
-        assert dashboard.verdict(json.loads(body)["nonce"])["run"] == 4, seed
+        assert dashboard.result(json.loads(body)["nonce"])["run"] == 4, seed
         support.wait_until(lambda: written.read_text().endswith("last\n"), 30)
         assert sorted(written.read_text().split()) == [
             "last", "one", "three", "two"], seed

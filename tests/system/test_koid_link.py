@@ -49,14 +49,14 @@ def dashboard():
 def linked(koi, dashboard):
     """A koid that joined the dashboard."""
     koi.tab(TAB.replace("'%s|'", r"'\%s|'"))
-    lying_dashboard.belong(koi, dashboard.url)
+    lying_dashboard.join_dashboard(koi, dashboard.url)
     koi.start()
     return koi
 
 
 def ask(dashboard, body: dict) -> dict:
     dashboard.ask(text_of(body))
-    return dashboard.verdict(body["nonce"])
+    return dashboard.result(body["nonce"])
 
 
 # --- what is sent
@@ -84,7 +84,7 @@ def test_runs_from_before_the_join_are_sent(koi, dashboard):
     koi.start()
     for _ in range(3):
         koi.run("Plain")
-    lying_dashboard.belong(koi, dashboard.url)
+    lying_dashboard.join_dashboard(koi, dashboard.url)
     assert koi.ask("relink")["linked"]
     dashboard.wait_for(lambda: len(dashboard.outputs) == 3)
 
@@ -108,10 +108,10 @@ def test_job_list_contains_pauses_and_their_ends(linked, dashboard):
 
 
 def test_output_of_a_followed_run_is_sent_live(linked, dashboard):
-    verdict = ask(dashboard, request_for(dashboard.specs()["Long"]))
-    run = str(verdict["run"])
+    result = ask(dashboard, request_for(dashboard.specs()["Long"]))
+    run = str(result["run"])
     with dashboard.turn:
-        dashboard.watched[run] = 0
+        dashboard.followed[run] = 0
         dashboard.turn.notify_all()
     dashboard.wait_for(lambda: b"begun\n" in koitab.output_text(bytes(
         dashboard.live.get(run, b""))))
@@ -128,26 +128,26 @@ def test_output_of_a_followed_run_is_sent_live(linked, dashboard):
 def test_signed_request_runs_the_job_as_its_user(linked, dashboard):
     spec = dashboard.specs()["Hello"]
     for value in ("o'brien", "$(id)", "\U0001f603", "a\tb", "-n", "{{x}}"):
-        verdict = ask(dashboard, request_for(spec, {
+        result = ask(dashboard, request_for(spec, {
             "To": value, "Times": "3", "Loud": "true"}))
-        assert verdict["state"] == "accepted", verdict
+        assert result["state"] == "accepted", result
         run = linked.ended(count=1)
         support.wait_until(lambda: linked.history(
             limit=1)[0]["state"] == "done")
-        assert linked.text_of(verdict["run"]) == f"{value}|3|true|"
+        assert linked.text_of(result["run"]) == f"{value}|3|true|"
     run = linked.history(limit=1)[0]
     assert run["trigger"] == "manual" and run["args"]["Times"] == "3"
 
 
 def test_secret_argument_reaches_the_job_and_is_not_sent_back(
         linked, dashboard):
-    verdict = ask(dashboard, request_for(
+    result = ask(dashboard, request_for(
         dashboard.specs()["Secret"], secrets={"Password": "hunter2 \u00e9"}))
-    assert verdict["state"] == "accepted"
-    dashboard.wait_for(lambda: dashboard.outputs.get(verdict["run"]))
+    assert result["state"] == "accepted"
+    dashboard.wait_for(lambda: dashboard.outputs.get(result["run"]))
     told = json.dumps(dashboard.payloads) + str(dashboard.outputs)
     assert "hunter2" not in told
-    assert linked.text_of(verdict["run"]) == "<******> ******\n"
+    assert linked.text_of(result["run"]) == "<******> ******\n"
     assert "hunter2" not in linked.log()
 
 
@@ -181,14 +181,14 @@ def test_mismatched_signed_request_is_refused_with_the_reason(
         linked, dashboard):
     spec = dashboard.specs()["Hello"]
     for what, (changes, word) in WRONG.items():
-        verdict = ask(dashboard, request_for(spec, **{
+        result = ask(dashboard, request_for(spec, **{
             "args": {"To": "x", "Times": "1", "Loud": "true"}, **changes}))
-        assert verdict["state"] == "refused", what
-        assert word in verdict["reason"], (what, verdict)
-        assert verdict["run"] is None
+        assert result["state"] == "refused", what
+        assert word in result["reason"], (what, result)
+        assert result["run"] is None
     for name, word in (("Backup", "@manual"), ("Terminal", "terminal")):
-        verdict = ask(dashboard, request_for(dashboard.specs()[name]))
-        assert verdict["state"] == "refused" and word in verdict["reason"]
+        result = ask(dashboard, request_for(dashboard.specs()[name]))
+        assert result["state"] == "refused" and word in result["reason"]
     assert linked.history() == []
 
 
@@ -212,7 +212,7 @@ def test_replayed_request_starts_no_run(linked, dashboard):
 
 def test_a_request_from_before_a_restored_backup_is_refused(koi, dashboard):
     koi.tab('"Plain" @manual echo plain\n')
-    lying_dashboard.belong(koi, dashboard.url)
+    lying_dashboard.join_dashboard(koi, dashboard.url)
     koi.start()
     body = request_for(dashboard.specs()["Plain"])
     koi.stop()
@@ -261,16 +261,16 @@ def test_mutated_and_replayed_requests_are_not_executed(linked, dashboard):
     last = request_for(spec)
     assert ask(dashboard, last)["state"] == "accepted"
     assert [run["run"] for run in linked.ended()] == [
-        dashboard.verdict(last["nonce"])["run"]]
-    assert all(verdict["state"] == "refused" for verdict
-               in dashboard.results if verdict["nonce"] != last["nonce"])
+        dashboard.result(last["nonce"])["run"]]
+    assert all(result["state"] == "refused" for result
+               in dashboard.results if result["nonce"] != last["nonce"])
     assert len(linked.log()) < 20_000       # nor is the log flooded
     assert sent == count
 
 
 def test_a_run_is_killed_only_by_a_signed_request(linked, dashboard):
-    verdict = ask(dashboard, request_for(dashboard.specs()["Long"]))
-    run, now = verdict["run"], int(time.time() * 1000)
+    result = ask(dashboard, request_for(dashboard.specs()["Long"]))
+    run, now = result["run"], int(time.time() * 1000)
     epoch = dashboard.payloads[-1]["epoch"]
     kill = {"v": 1, "do": "kill", "key": koitab.key_id(KEY), "dash": DASH,
             "host": HOST, "user": linked.user, "run": run, "epoch": epoch,
@@ -293,33 +293,33 @@ def test_a_run_is_killed_only_by_a_signed_request(linked, dashboard):
 def test_a_request_that_cannot_be_recorded_is_refused(koi, dashboard):
     """A full disk: nothing runs that could be forgotten, and run again."""
     koi.tab('"Plain" @manual echo plain\n')
-    lying_dashboard.belong(koi, dashboard.url)
+    lying_dashboard.join_dashboard(koi, dashboard.url)
     support.need("strace")
     koi.start(wrap=("strace", "-D", "-qq", "-o", "/dev/null", "-P",
                     f"{koi.home}/history.db-wal", "-e", "trace=pwrite64",
                     "-e", "inject=pwrite64:error=ENOSPC:when=40+"))
-    spec, verdicts = dashboard.specs()["Plain"], []
+    spec, outcomes = dashboard.specs()["Plain"], []
     for _ in range(40):
-        verdicts.append(ask(dashboard, request_for(spec)))
-        if verdicts[-1]["state"] == "refused":
+        outcomes.append(ask(dashboard, request_for(spec)))
+        if outcomes[-1]["state"] == "refused":
             break
-    assert "recorded" in verdicts[-1]["reason"]
+    assert "recorded" in outcomes[-1]["reason"]
 
 
 def test_request_starts_its_job_without_waiting_for_a_poll(linked, dashboard):
     """Asked of an idle koid; the figures are tests/bench/dashboard.py's."""
     spec = dashboard.specs()["Plain"]
     asked = time.time()
-    verdict = ask(dashboard, request_for(spec))
+    result = ask(dashboard, request_for(spec))
     run = support.wait_until(lambda: linked.ended())[0]
-    assert run["run"] == verdict["run"]
+    assert run["run"] == result["run"]
     assert run["started"] - asked < koitab.HOLD     # no poll has to end first
 
 
 # --- a dashboard that is away, slow, lying, or mad
 
-def answer(acked: int, owed: str = "[]", requests: str = "[]") -> tuple:
-    return 200, {}, (f'{{"acked": {acked}, "missing_output": {owed}, '
+def answer(acked: int, missing: str = "[]", requests: str = "[]") -> tuple:
+    return 200, {}, (f'{{"acked": {acked}, "missing_output": {missing}, '
                      f'"live": {{}}, "requests": {requests}}}').encode()
 
 
@@ -361,7 +361,7 @@ def test_invalid_replies_are_reported_and_jobs_continue_and_no_run_is_lost(
 
     hasty.tab('"Plain" @manual echo plain\n')
     with lying_dashboard.Dashboard(twist) as dashboard:
-        lying_dashboard.belong(hasty, dashboard.url)
+        lying_dashboard.join_dashboard(hasty, dashboard.url)
         hasty.start()
         chosen = support.sample(NONSENSE, "deep", "502", "a redirect",
                                 "hang up", "a flood of requests")
@@ -390,7 +390,7 @@ def test_agent_refused_by_the_dashboard_stops_polling(koi, status, words):
 
     koi.tab('"Plain" @manual echo plain\n')
     with lying_dashboard.Dashboard(twist) as dashboard:
-        lying_dashboard.belong(koi, dashboard.url)
+        lying_dashboard.join_dashboard(koi, dashboard.url)
         koi.start()
         support.wait_until(lambda: words in " ".join(koi.ask("status")[
             "dashboard"]["problems"]))
@@ -403,7 +403,7 @@ def test_jobs_run_without_a_dashboard_and_their_runs_are_sent_later(koi):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     koi.tab('"Plain" @manual echo plain\n')
-    lying_dashboard.belong(koi, f"http://127.0.0.1:{port}")
+    lying_dashboard.join_dashboard(koi, f"http://127.0.0.1:{port}")
     koi.start()
     for _ in range(3):
         koi.run("Plain")
@@ -418,7 +418,7 @@ def test_jobs_run_without_a_dashboard_and_their_runs_are_sent_later(koi):
 def test_dashboard_that_never_answers_does_not_delay_jobs(koi):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         koi.tab('"Plain" @manual echo plain\n')
-        lying_dashboard.belong(koi, "http://127.0.0.1:%d"
+        lying_dashboard.join_dashboard(koi, "http://127.0.0.1:%d"
                           % silent.getsockname()[1])
         koi.start()
         first, _ = silent.accept()
@@ -438,7 +438,7 @@ def test_record_that_is_always_refused_is_skipped_and_the_rest_are_sent(hasty):
     for _ in range(4):
         koi.run("Plain")
     with lying_dashboard.Dashboard(twist) as dashboard:
-        lying_dashboard.belong(koi, dashboard.url)
+        lying_dashboard.join_dashboard(koi, dashboard.url)
         koi.ask("relink")
         dashboard.wait_for(lambda: {1, 3, 4} <= set(dashboard.outputs), 30)
         assert 2 not in dashboard.records
@@ -456,7 +456,7 @@ def test_refused_job_list_does_not_cause_records_to_be_skipped(hasty):
     for _ in range(6):
         hasty.run("Plain")
     with lying_dashboard.Dashboard(twist) as dashboard:
-        lying_dashboard.belong(hasty, dashboard.url)
+        lying_dashboard.join_dashboard(hasty, dashboard.url)
         hasty.ask("relink")
         dashboard.wait_for(lambda: set(range(1, 7)) <= set(
             dashboard.records), 30)
@@ -473,7 +473,7 @@ def test_dashboard_restored_from_a_backup_gets_all_records_again(
     with dashboard.turn:            # it was restored from a backup
         dashboard.acked, dashboard.records, dashboard.outputs = 0, {}, {}
         dashboard.lists.clear()
-        dashboard.watched["999"] = 0        # so that it answers at once
+        dashboard.followed["999"] = 0        # so that it answers at once
         dashboard.turn.notify_all()
     dashboard.wait_for(lambda: len(dashboard.outputs) == 3
                        and dashboard.lists)
@@ -492,8 +492,8 @@ def test_killed_agent_is_restarted(linked, dashboard):
     before = child_of(linked)
     os.kill(before, 9)
     support.wait_until(lambda: not koitab.process_start_time(before))
-    verdict = ask(dashboard, request_for(dashboard.specs()["Plain"]))
-    assert verdict["state"] == "accepted"
+    result = ask(dashboard, request_for(dashboard.specs()["Plain"]))
+    assert result["state"] == "accepted"
     assert child_of(linked) != before
 
 
@@ -526,7 +526,7 @@ def counted(self, request):
     return answer(self, request)
 k.AgentBroker.state = counted
 """
-    lying_dashboard.belong(koi, "http://127.0.0.1:9")
+    lying_dashboard.join_dashboard(koi, "http://127.0.0.1:9")
     koi.start()
     support.wait_until((koi.folder / "alive").exists, 30)
 
@@ -611,8 +611,9 @@ def test_agent_reports_when_the_dashboards_certificate_expires(koi, dashboard):
         stdout=subprocess.PIPE, check=True).stdout.decode()
     expires = ssl.cert_time_to_seconds(end.strip().partition("=")[2])
     koi.tab('"Plain" @manual echo plain\n')
-    lying_dashboard.belong(koi, dashboard.url.replace("http:", "https:"),
-                           ca=Path(certificate.cert).read_text())
+    lying_dashboard.join_dashboard(
+        koi, dashboard.url.replace("http:", "https:"),
+        ca=Path(certificate.cert).read_text())
     koi.start()
     sent = dashboard.payloads
     dashboard.wait_for(lambda: sent and sent[-1].get(
@@ -639,7 +640,7 @@ def test_agent_ends_when_the_host_leaves_the_dashboard(linked, dashboard):
         '"v": 1', '"v": 2')), "version")])
 def test_untrusted_key_file_is_not_used(koi, dashboard, spoil, why):
     koi.tab('"Plain" @manual echo plain\n')
-    lying_dashboard.belong(koi, dashboard.url)
+    lying_dashboard.join_dashboard(koi, dashboard.url)
     spoil(koi.home / "keys")
     koi.start()
     state = koi.ask("status")
@@ -674,7 +675,7 @@ class Hostile(support.Koi):
         self.patch += "k.RESTART_FIRST, k.RESTART_LONGEST = 0.1, 1.0\n" \
             f"k.agent_program = lambda *names: {program!r}\n"
         self.tab(tab)
-        lying_dashboard.belong(self, "http://127.0.0.1:9")
+        lying_dashboard.join_dashboard(self, "http://127.0.0.1:9")
         self.start()
 
 
@@ -766,7 +767,7 @@ def test_agent_that_ignores_signals_is_killed_for_new_keys(hostile, dashboard):
     """New keys get a new agent, whatever the old one is doing."""
     hostile.begin("signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))")
     first = child_of(hostile)
-    lying_dashboard.belong(hostile, dashboard.url)
+    lying_dashboard.join_dashboard(hostile, dashboard.url)
     assert hostile.ask("relink")["linked"]
     support.wait_until(lambda: not koitab.process_start_time(first))
     assert support.wait_until(lambda: child_of(hostile) != first)
@@ -813,7 +814,7 @@ def upgraded(koi, dashboard):
     koi.command = lambda *args: [koi.python, "-IS", str(program), *args]
     koi.gate = koi.folder / "gate"
     koi.tab(UPGRADED.format(gate=koi.gate))
-    lying_dashboard.belong(koi, dashboard.url)
+    lying_dashboard.join_dashboard(koi, dashboard.url)
     koi.start()
     koi.plain, koi.slow = koi.run("Plain")[0], koi.launch("Slow")
     koi.running(koi.slow)
@@ -874,12 +875,12 @@ def test_request_replayed_on_a_full_disk_does_not_end_koid(koi, dashboard):
     for again must not become a second row of the same."""
     support.need("strace")
     koi.tab('"Plain" @manual echo plain\n')
-    lying_dashboard.belong(koi, dashboard.url)
+    lying_dashboard.join_dashboard(koi, dashboard.url)
     koi.start(wrap=("strace", "-D", "-qq", "-o", "/dev/null", "-P",
                     f"{koi.home}/history.db-wal", "-e", "trace=pwrite64",
                     "-e", "inject=pwrite64:error=ENOSPC:when=40..60"))
     spec, body = dashboard.specs()["Plain"], None
-    while not body or dashboard.verdict(body["nonce"])[
+    while not body or dashboard.result(body["nonce"])[
             "state"] == "accepted":
         body = request_for(spec)
         dashboard.ask(text_of(body))
@@ -904,7 +905,7 @@ def test_request_replayed_on_a_full_disk_does_not_end_koid(koi, dashboard):
 
 def test_host_that_left_keeps_only_the_runs_of_koi_keep(koi, dashboard):
     koi.tab('KOI_KEEP=2\n"Plain" @manual echo plain\n')
-    lying_dashboard.belong(koi, dashboard.url)
+    lying_dashboard.join_dashboard(koi, dashboard.url)
     koi.start()
     dashboard.specs()
     (koi.home / "keys").unlink()

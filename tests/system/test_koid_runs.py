@@ -1126,8 +1126,8 @@ def mailed(koi, sink, count: int) -> list:
     """The mails, when no more of them wait."""
     wait_until(lambda: not koi.unfinished() and "due" not in marks(
         koi).values(), 60, f"the mail\n{koi.log()}")
-    assert len(sink.letters) == count, (sink.subjects(), koi.log())
-    return sink.letters
+    assert len(sink.mails) == count, (sink.subjects(), koi.log())
+    return sink.mails
 
 
 def marks(koi) -> dict[str, str]:
@@ -1168,12 +1168,12 @@ def test_mail_is_sent_by_the_rules_of_cron(koi, post):
     raw_tab(koi, "\n".join(lines) + "\n")
     koi.start()
     koi.run("asked")            # who asked has seen it
-    letters = mailed(koi, post, sum(bool(to) for _, _, to in SENT.values()))
-    found = sorted((letter.recipients, letter.text) for letter in letters)
+    mails = mailed(koi, post, sum(bool(to) for _, _, to in SENT.values()))
+    found = sorted((mail.recipients, mail.text) for mail in mails)
     assert found == sorted((to, "it\n") for _, _, to in SENT.values() if to)
     assert marks(koi) == {**{name: "sent" if to else "" for name, (_, _, to)
                              in SENT.items()}, "asked": ""}
-    assert {letter.sender for letter in letters} == {"<koid@koi.invalid>"}
+    assert {mail.sender for mail in mails} == {"<koid@koi.invalid>"}
 
 
 @support.root_only
@@ -1184,15 +1184,15 @@ def test_unsafe_mail_address_gets_no_mail(koi, post):
     lines += ["MAILTO=ops@koi.invalid", '"well" @reboot echo well']
     raw_tab(koi, "\n".join(lines) + "\n")
     koi.start()
-    letter, = mailed(koi, post, 1)
+    mail, = mailed(koi, post, 1)
     koi.ended(count=len(UNSAFE) + 1)
-    assert letter.recipients == ["ops@koi.invalid"]
+    assert mail.recipients == ["ops@koi.invalid"]
     assert marks(koi) == {"well": "sent", **{
         f"n{number}": "unsafe address" for number in range(len(UNSAFE))}}
     assert koi.log().count("UNSAFE MAIL") == len(UNSAFE)
     assert str(koi.ask("status")).count(
         "so output is not mailed") == len(set(UNSAFE))
-    assert len(post.letters) == 1
+    assert len(post.mails) == 1
 
 
 @support.root_only
@@ -1210,9 +1210,9 @@ def test_mail_has_the_headers_of_cron_and_no_variables_of_the_tab(koi, post):
             "CONTENT_TRANSFER_ENCODING=\n"
             "@reboot echo inject\x1b\rBcc: evil@koi.invalid\n")
     koi.start()
-    letters = {letter.data.partition(b"\r\n\r\n")[2].split()[0].decode():
-               letter for letter in mailed(koi, post, 5)}
-    usual, sent_from = letters["Grüße"], letters["from"]
+    mails = {mail.data.partition(b"\r\n\r\n")[2].split()[0].decode():
+               mail for mail in mailed(koi, post, 5)}
+    usual, sent_from = mails["Grüße"], mails["from"]
     assert b"From: root (Cron Daemon)\r\n" in usual.data
     assert usual["To"] == "root"
     assert usual.subject == f'Cron <root@{host}> echo "Grüße"; cat'
@@ -1222,16 +1222,16 @@ def test_mail_has_the_headers_of_cron_and_no_variables_of_the_tab(koi, post):
     assert usual["Auto-Submitted"] == "auto-generated"
     assert usual.text == "Grüße\nfive%\ninput\n"
     assert sent_from["From"] == "koi@koi.invalid"
-    assert b"From: root (Cron Daemon)\r\n" in letters["unsafe"].data
-    assert letters["<b>"].data.count(
+    assert b"From: root (Cron Daemon)\r\n" in mails["unsafe"].data
+    assert mails["<b>"].data.count(
         b'Content-Type: text/html; charset="iso-8859-1"\r\n') == 1
-    assert letters["<b>"].data.count(
+    assert mails["<b>"].data.count(
         b"Content-Transfer-Encoding: quoted-printable\r\n") == 1
-    for letter in letters.values():
-        head = letter.data.partition(b"\r\n\r\n")[0]
-        assert letter.recipients == ["root"]
-        assert b"X-Cron-Env" not in letter.data
-        assert b"very-secret" not in letter.data
+    for mail in mails.values():
+        head = mail.data.partition(b"\r\n\r\n")[0]
+        assert mail.recipients == ["root"]
+        assert b"X-Cron-Env" not in mail.data
+        assert b"very-secret" not in mail.data
         assert not any(line.startswith((b"Bcc", b"evil"))
                        for line in head.splitlines())
         assert b"\x1b" not in head and b"\r" not in head.replace(
@@ -1262,24 +1262,24 @@ def test_any_output_can_be_mailed(koi, post, tmp_path):
         lines.append(f'"{name}" @reboot cat {tmp_path}/{name}\n')
     raw_tab(koi, "".join(lines))
     koi.start()
-    letters = mailed(koi, post, len(TEXTS))
+    mails = mailed(koi, post, len(TEXTS))
     assert set(marks(koi).values()) == {"sent"}
-    found = {letter.subject.rpartition("/")[2]: letter for letter in letters}
+    found = {mail.subject.rpartition("/")[2]: mail for mail in mails}
     for name, data in TEXTS.items():
-        letter = found[name]
+        mail = found[name]
         expected = data.decode("utf-8", "replace").splitlines()
-        assert letter.message.get_content().splitlines() == expected, name
-        assert max(map(len, letter.data.split(b"\r\n"))) <= 998, name
-        assert letter.recipients == ["root"]
+        assert mail.message.get_content().splitlines() == expected, name
+        assert max(map(len, mail.data.split(b"\r\n"))) <= 998, name
+        assert mail.recipients == ["root"]
 
 
 @support.root_only
 def test_large_output_is_mailed_with_the_stored_head_and_tail(koi, post):
     serving(koi, "@reboot seq 500000\n")
-    letter, = mailed(koi, post, 1)
-    assert letter.text.startswith("1\n2\n3\n")
-    assert letter.text.endswith("\n500000\n")
-    assert "bytes left out here]\n" in letter.text
+    mail, = mailed(koi, post, 1)
+    assert mail.text.startswith("1\n2\n3\n")
+    assert mail.text.endswith("\n500000\n")
+    assert "bytes left out here]\n" in mail.text
 
 
 @support.root_only
@@ -1352,14 +1352,14 @@ def test_mail_due_when_koid_was_killed_is_sent_by_the_next_koid(koi, post):
     koi.stop(signal.SIGKILL)
     post.silent = False
     koi.start()
-    letters = mailed(koi, post, 3)
-    assert sorted(letter.text for letter in letters) == ["0\n", "1\n", "2\n"]
-    assert sorted(letter.subject.partition("> ")[2] for letter in letters
+    mails = mailed(koi, post, 3)
+    assert sorted(mail.text for mail in mails) == ["0\n", "1\n", "2\n"]
+    assert sorted(mail.subject.partition("> ")[2] for mail in mails
                   ) == ["echo 0", "echo 1", "echo 2"]
     koi.stop()
     koi.start()
     koi.ask("status")
-    assert set(marks(koi).values()) == {"sent"} and len(post.letters) == 3
+    assert set(marks(koi).values()) == {"sent"} and len(post.mails) == 3
 
 
 @support.root_only

@@ -27,7 +27,7 @@ pytestmark = support.root_only
 
 ALICE, MALLORY, WWW = support.ALICE, support.MALLORY, "www-data"
 NOON = 1_795_348_800            # 2026-11-22 12:00:00 UTC
-STRANGER = 4242                 # a uid that has no name
+UNKNOWN_UID = 4242                 # a uid that has no name
 # Of its own uid, as the limit of processes counts those of all our tests.
 CAROL, CAROL_UID, DAVE, DAVE_UID = "carol", 1977, "dave", 1978
 GROUPS = (1502, 1503, 1504)     # alice is a member of these, too
@@ -266,7 +266,7 @@ def busy(town):
     return town
 
 
-@pytest.mark.parametrize("who", [MALLORY, STRANGER])
+@pytest.mark.parametrize("who", [MALLORY, UNKNOWN_UID])
 @pytest.mark.parametrize("name", [ALICE, "root"])
 def test_user_cannot_act_for_another_user_in_any_environment(busy, who, name):
     caller = busy.caller(who, **AS_IF)
@@ -279,7 +279,7 @@ def test_user_cannot_act_for_another_user_in_any_environment(busy, who, name):
     assert [run["state"] for run in busy.history()] == ["running", "done"]
 
 
-@pytest.mark.parametrize("who", [MALLORY, STRANGER])
+@pytest.mark.parametrize("who", [MALLORY, UNKNOWN_UID])
 def test_user_without_option_u_sees_and_runs_only_their_own_jobs(busy, who):
     caller = busy.caller(who, **AS_IF)
     for op, fields in (("run", {"job": "Hers"}), ("log", {"job": "Hers"}),
@@ -301,7 +301,7 @@ def test_a_uid_without_a_name_has_no_tab(town):
     """After userdel, from a container, of a service: SO_PEERCRED gives a
     number, and koid must not take "nobody" for "everybody"."""
     town.start()
-    caller = town.caller(STRANGER)
+    caller = town.caller(UNKNOWN_UID)
     for op, fields in (("install", {"text": "@manual id\n"}), ("list", {}),
                        ("remove", {})):
         assert "error" in caller.ask(op, **fields), op
@@ -509,13 +509,13 @@ def test_tab_that_others_can_write_is_not_used(town, bobs):
         make(town.home / "tabs" / name, town)
     town.tab(GOOD, MALLORY)
     town.start()
-    all_troubles = town.ask("status")["problems"]
-    assert len(all_troubles) == len(NOT_BELIEVED)
+    all_problems = town.ask("status")["problems"]
+    assert len(all_problems) == len(NOT_BELIEVED)
     for name, (_, why) in NOT_BELIEVED.items():
         path = f"/var/lib/koi/tabs/{name}: not used: "
         bob = bobs(name)
-        trouble, = bob.ask("status")["problems"]
-        assert path in trouble and why in trouble and trouble in all_troubles
+        problem, = bob.ask("status")["problems"]
+        assert path in problem and why in problem and problem in all_problems
         assert any(path in line and why in line
                    for line in town.log().splitlines())
         assert "no job" in bob.ask("run", job="Job")["error"]
@@ -1601,7 +1601,7 @@ def fake_cron(system, *words: str) -> subprocess.Popen:
     return cron
 
 
-def trouble(system, who=0) -> str:
+def problem(system, who=0) -> str:
     status = koitab_as(system, who, "status", "--json")
     problems = json.loads(status.out)["problems"]
     assert status.code == (1 if problems else 0), status
@@ -1613,15 +1613,15 @@ def test_status_reports_crontabs_that_no_daemon_serves(system):
     system.write("cron.d/empty", "A=b\n")
     system.put(ALICE, "* * 1 1 * true\n", uid=support.ALICE_UID)
     system.start()
-    said = trouble(system)
+    said = problem(system)
     assert "crontabs that no daemon serves" in said and "/etc/cron.d/t" in said
     assert f"/{SPOOL}/{ALICE}" in said and "empty" not in said
-    assert trouble(system, ALICE) == ""
+    assert problem(system, ALICE) == ""
     with support.stopping(fake_cron(system, "cron")):
-        assert trouble(system) == ""
+        assert problem(system) == ""
     system.stop()
     system.start("--system")
-    assert trouble(system) == ""
+    assert problem(system) == ""
 
 
 @pytest.mark.parametrize("words", [["crond"], ["busybox", "crond"]])
@@ -1629,7 +1629,7 @@ def test_koid_system_refuses_and_reports_a_cron_without_a_lock(system, words):
     system.start("--system")
     cron = fake_cron(system, *words)
     assert f"koid --system and cron (pid {cron.pid}) serve the same" \
-        in trouble(system)
+        in problem(system)
     system.stop()
     with pytest.raises(pytest.fail.Exception):
         system.start("--system")
@@ -1640,7 +1640,7 @@ def test_status_reports_two_running_crons(system):
     system.start()
     first, second = fake_cron(system, "cron"), fake_cron(
         system, "busybox", "crond")
-    said = trouble(system)
+    said = problem(system)
     for cron in (first, second):
         assert f"cron (pid {cron.pid})" in said
 

@@ -341,10 +341,10 @@ def test_koitab_names_the_place_of_a_refused_placeholder_and_the_fix(tmp_path):
         env={"HOME": str(tmp_path)}, timeout=60)
     said = done.stdout.decode()
     assert done.returncode == 1
-    for line, (command, place, mend) in enumerate(REFUSED, start=1):
+    for line, (command, place, fix) in enumerate(REFUSED, start=1):
         column = len("@manual ") + command.index("{{v}}") + 1
         assert f"{file}:{line}:{column}: bad argument: the argument is " \
-            f"{place} ({mend})\n" in said, command
+            f"{place} ({fix})\n" in said, command
     assert koitab.parse_tab(tab).jobs == []
     print(f"\n{len(REFUSED)} contexts refused, {KNOWN} of them known",
           end=" ")

@@ -122,18 +122,18 @@ def test_a_headless_run_mails_its_start_and_its_finish(scratch, sink):
     assert re.fullmatch(f"{name}: run started", start.subject)
     assert re.fullmatch(f"{name}: run finished in {DURATION}",
                         finish.subject)
-    for letter in sink.letters:
-        assert letter.recipients == [ADDRESS]
-        assert letter["To"] == ADDRESS
-        assert letter.message["From"].addresses[0].addr_spec \
+    for received in sink.mails:
+        assert received.recipients == [ADDRESS]
+        assert received["To"] == ADDRESS
+        assert received.message["From"].addresses[0].addr_spec \
             == "backup@mission.invalid"
-        assert letter["MIME-Version"] == "1.0"
-        assert letter.message.get_content_type() == "text/plain"
-        assert letter.message.get_content_charset() == "utf-8"
-        sent = parsedate_to_datetime(letter["Date"])
+        assert received["MIME-Version"] == "1.0"
+        assert received.message.get_content_type() == "text/plain"
+        assert received.message.get_content_charset() == "utf-8"
+        sent = parsedate_to_datetime(received["Date"])
         age = datetime.datetime.now(datetime.timezone.utc) - sent
         assert abs(age.total_seconds()) < 120
-        assert re.fullmatch(r"<[^<>@\s]+@[^<>@\s]+>", letter["Message-ID"])
+        assert re.fullmatch(r"<[^<>@\s]+@[^<>@\s]+>", received["Message-ID"])
     assert start["Message-ID"] != finish["Message-ID"]
 
 
@@ -214,13 +214,13 @@ def test_task_output_cannot_break_the_mail(scratch, sink):
         f"echo before {name}; printf '%b\\n' '{line}'; echo after {name}"
         for name, line in HOSTILE_LINES.items()))
     assert scratch.headless().code == 0
-    assert len(sink.letters) == 2
-    letter, wire = sink.letters[1], sink.wires[1]
+    assert len(sink.mails) == 2
+    received, wire = sink.mails[1], sink.wires[1]
     for name in HOSTILE_LINES:
-        assert f"] before {name}\n" in letter.text
-        assert f"] after {name}\n" in letter.text
-    assert "] .\n" in letter.text and "x" * 5000 in letter.text
-    assert "FinishTime" in letter.text and not letter.message.defects
+        assert f"] before {name}\n" in received.text
+        assert f"] after {name}\n" in received.text
+    assert "] .\n" in received.text and "x" * 5000 in received.text
+    assert "FinishTime" in received.text and not received.message.defects
     assert re.search(rb"(?<!\r)\n|\r(?!\n)|\0|\x1b", wire) is None
     assert max(map(len, wire.split(b"\r\n"))) <= 998    # RFC 5322, 2.1.1
 
@@ -318,11 +318,11 @@ def test_a_runaway_filter_withholds_the_line_and_the_run_continues(
     result = scratch.headless()
     assert time.monotonic() - began < 30
     assert result.code in (0, 1), result
-    letter = sink.wait(2)[1]
-    assert BOMB not in letter.text and "aaaaaaaa!" not in letter.text
-    assert "] before\n" in letter.text and "] after\n" in letter.text
-    assert "] the second\n" in letter.text
-    assert re.search("withheld", letter.text)
+    received = sink.wait(2)[1]
+    assert BOMB not in received.text and "aaaaaaaa!" not in received.text
+    assert "] before\n" in received.text and "] after\n" in received.text
+    assert "] the second\n" in received.text
+    assert re.search("withheld", received.text)
     assert not any(BOMB.encode() in r.body for r in web.requests)
     assert BOMB in scratch.log()
 
@@ -409,10 +409,10 @@ def test_valid_mail_address_is_accepted(scratch, sink, address):
     scratch.config["user"]["email"] = address
     scratch.task("one", "true")
     assert scratch.headless().code == 0
-    letter = sink.wait(2)[0]
-    assert letter.recipients == [re.search(r"[^<> ]+@[^<> ]+", address)[0]]
-    assert letter.message["To"].addresses[0].addr_spec \
-        == letter.recipients[0]
+    received = sink.wait(2)[0]
+    assert received.recipients == [re.search(r"[^<> ]+@[^<> ]+", address)[0]]
+    assert received.message["To"].addresses[0].addr_spec \
+        == received.recipients[0]
 
 
 @pytest.mark.parametrize("name", [
@@ -431,11 +431,11 @@ def test_a_display_name_adds_no_header_and_no_recipient(scratch, sink, name):
         assert "user.email" in result.err and sink.sessions == 0
         return
     assert result.code == 0, result
-    for letter in sink.wait(2):
-        assert letter.recipients == [ADDRESS]
-        assert letter.message["Bcc"] is None
-        assert len(letter.message["To"].addresses) == 1
-        assert b"\nBcc" not in letter.data
+    for received in sink.wait(2):
+        assert received.recipients == [ADDRESS]
+        assert received.message["Bcc"] is None
+        assert len(received.message["To"].addresses) == 1
+        assert b"\nBcc" not in received.data
 
 
 class Named:
@@ -470,16 +470,16 @@ def test_any_host_name_is_escaped_in_subject_and_url(scratch, sink, web, name):
     scratch.task("one", "true")
     result = scratch.headless()
     assert result.code == 0, result
-    letter, = sink.wait(1)
-    assert letter.recipients == [ADDRESS] and not letter.message.defects
-    assert letter.message["Bcc"] is None
-    assert len(letter.message.get_all("Subject")) == 1
-    assert re.fullmatch(r"<[!-~]+@[!-~]+>", letter["Message-ID"].strip())
-    head = letter.data.split(b"\r\n\r\n")[0]
+    received, = sink.wait(1)
+    assert received.recipients == [ADDRESS] and not received.message.defects
+    assert received.message["Bcc"] is None
+    assert len(received.message.get_all("Subject")) == 1
+    assert re.fullmatch(r"<[!-~]+@[!-~]+>", received["Message-ID"].strip())
+    head = received.data.split(b"\r\n\r\n")[0]
     assert re.search(rb"[^\t\r\n -~]|\nBcc", head) is None
     assert re.search("[\0-\x1f\x7f-\x9f\u2028\u202e]",
-                     letter.subject) is None
-    assert re.search(f": run finished in {DURATION}$", letter.subject)
+                     received.subject) is None
+    assert re.search(f": run finished in {DURATION}$", received.subject)
     path, = [request.path for request in web.requests]
     match = re.fullmatch(r"/check/([A-Za-z0-9%_.~-]+)/end", path)
     assert match, path
@@ -500,9 +500,9 @@ def test_mail_goes_through_the_real_sendmail(scratch, sink):
     start, finish = sink.wait(2)
     assert start.subject.endswith(": run started")
     assert "[FAILURE] run finished in" in finish.subject
-    for letter in (start, finish):
-        assert letter.recipients == [ADDRESS] == [letter["To"]]
-        assert letter["From"] != "None" and letter["Date"] != "None"
+    for received in (start, finish):
+        assert received.recipients == [ADDRESS] == [received["To"]]
+        assert received["From"] != "None" and received["Date"] != "None"
     assert "] zażółć 日本\n" in finish.text
     assert "] .\n" in finish.text and "] after\n" in finish.text
 
@@ -517,7 +517,7 @@ def test_mail_refused_by_sendmail_is_sent_with_the_next_run(scratch):
     waiting, = scratch.outbox()
     assert support.mode(waiting) == 0o600
     assert support.mode(waiting.parent) & 0o077 == 0
-    before = servers.Letter("", [], waiting.read_bytes(), None, False)
+    before = servers.ReceivedMail("", [], waiting.read_bytes(), None, False)
     scratch.task("two", "echo the second")
     with servers.Sink(port=port) as sink:
         assert scratch.headless().code == 0
@@ -534,7 +534,7 @@ def test_temporarily_refused_mail_stays_in_the_outbox(scratch):
         sink.answers["RCPT"] = "451 try again later"
         scratch.task("one", "true")
         undelivered(scratch.headless())
-        assert sink.letters == [] and len(scratch.outbox()) == 2
+        assert sink.mails == [] and len(scratch.outbox()) == 2
         sink.answers.clear()
         assert scratch.headless().code == 0
         subjects = [subject.split(": ")[1].split(" in ")[0]
@@ -713,7 +713,7 @@ def test_smtp_logs_in_with_the_password_from_pass(scratch, store, certificate,
         result = scratch.headless()
         assert result.code == 0, result
         start, finish = sink.wait(2)
-    assert {letter.login for letter in (start, finish)} == {ACCOUNT}
+    assert {received.login for received in (start, finish)} == {ACCOUNT}
     assert finish.secure == (security != "none")
     assert finish.recipients == [ADDRESS] and "] hello\n" in finish.text
 
@@ -742,7 +742,7 @@ def test_invalid_certificate_of_the_mail_server_is_refused(
         scratch.task("one", "true")
         result = scratch.headless()
         undelivered(result)
-        assert sink.letters == [] and sink.logins == []
+        assert sink.mails == [] and sink.logins == []
     assert len(scratch.outbox()) == 2
     assert "certificate" in (scratch.log() + result.err).lower()
 
@@ -760,7 +760,7 @@ def test_mail_is_not_sent_without_starttls(scratch, store, name, answers):
         logging_in(scratch, store, sink, "starttls")
         scratch.task("one", "true")
         undelivered(scratch.headless())
-        assert sink.letters == [] and sink.logins == []
+        assert sink.mails == [] and sink.logins == []
         assert not [line for line in sink.commands
                     if line.upper().startswith(("AUTH", "MAIL"))]
     assert len(scratch.outbox()) == 2
@@ -770,7 +770,7 @@ def test_server_without_tls_on_the_tls_port_is_refused(scratch, sink):
     by_smtp(scratch, sink, security="tls")
     scratch.task("one", "true")
     undelivered(scratch.headless())
-    assert sink.letters == []
+    assert sink.mails == []
 
 
 def test_mail_waits_after_a_wrong_password_that_is_never_shown(
@@ -780,7 +780,7 @@ def test_mail_waits_after_a_wrong_password_that_is_never_shown(
         scratch.task("one", "true")
         result = scratch.headless()
         undelivered(result)
-        assert sink.logins and sink.letters == []
+        assert sink.logins and sink.mails == []
     assert len(scratch.outbox()) == 2
     texts = [path.read_text() for path in
              scratch.log_files() + scratch.outbox()]
@@ -798,7 +798,7 @@ def test_mail_waits_if_the_password_is_missing(scratch, sink, script):
     scratch.task("one", "true")
     result = scratch.headless()
     undelivered(result)
-    assert sink.letters == [] and len(scratch.outbox()) == 2
+    assert sink.mails == [] and len(scratch.outbox()) == 2
     assert "fake-pass" in scratch.log() and "xxxx" not in scratch.log()
     assert "denied" not in scratch.log()
 
@@ -809,7 +809,7 @@ def test_password_is_the_first_line_of_the_output_of_pass(scratch):
         scratch.fake_pass("printf '%s\\n' geheim 'url: x'")
         scratch.task("one", "true")
         assert scratch.headless().code == 0
-        assert len(sink.letters) == 2
+        assert len(sink.mails) == 2
 
 
 @pytest.mark.parametrize("verb, answer", [
@@ -827,11 +827,11 @@ def test_permanently_refused_mail_stays_in_the_outbox(
     scratch.task("one", "true")
     result = scratch.headless()
     undelivered(result)
-    assert len(scratch.outbox()) == 1 and sink.letters == []
+    assert len(scratch.outbox()) == 1 and sink.mails == []
     assert "\x1b" not in result.err + scratch.log()
     sink.answers.clear()
     assert scratch.headless().code == 0
-    assert len(sink.letters) == 2 and scratch.outbox() == []
+    assert len(sink.mails) == 2 and scratch.outbox() == []
 
 
 def test_a_refused_mail_does_not_stop_the_others(scratch, sink):
@@ -866,9 +866,9 @@ def test_every_recipient_is_in_the_header_and_in_the_envelope(scratch, sink):
     to_both(scratch)
     scratch.config["user"]["email"].append(ADDRESS)     # once is enough
     assert scratch.headless().code == 0
-    letter, = sink.wait(1)
-    assert letter.recipients == [ADDRESS, OTHER]
-    assert letter["To"] == f"{ADDRESS}, {OTHER}"
+    received, = sink.wait(1)
+    assert received.recipients == [ADDRESS, OTHER]
+    assert received["To"] == f"{ADDRESS}, {OTHER}"
 
 
 def test_refused_recipient_is_reported_and_the_others_get_the_mail(scratch,
@@ -881,8 +881,8 @@ def test_refused_recipient_is_reported_and_the_others_get_the_mail(scratch,
     assert result.err == (
         "mission: error: all tasks succeeded, but mailFinish: "
         f"{OTHER}: 127.0.0.1:{sink.port}: 550 no such user\n")
-    letter, = sink.wait(1)
-    assert letter.recipients == [ADDRESS]
+    received, = sink.wait(1)
+    assert received.recipients == [ADDRESS]
     assert sink.sessions == 1 and scratch.outbox() == []
 
 
@@ -897,9 +897,9 @@ def test_mail_waits_for_a_temporarily_refused_recipient(scratch, sink):
     assert sink.sessions == 3 and len(scratch.outbox()) == 1
     sink.refused.clear()
     assert scratch.headless().code == 0
-    assert [letter.recipients for letter in sink.wait(3)] \
+    assert [received.recipients for received in sink.wait(3)] \
         == [[ADDRESS], [OTHER], [ADDRESS, OTHER]]
-    first, late, _ = sink.letters
+    first, late, _ = sink.mails
     assert first["Message-ID"] == late["Message-ID"] and not scratch.outbox()
 
 
@@ -927,7 +927,7 @@ def test_outbox_waits_until_the_configuration_is_valid(scratch, sink, path,
         section = section[key]
     before, section[path[-1]] = section[path[-1]], value
     undelivered(scratch.headless())
-    assert len(scratch.outbox()) == 1 and sink.letters == []
+    assert len(scratch.outbox()) == 1 and sink.mails == []
     section[path[-1]] = before
     assert scratch.headless().code == 0
     assert scratch.outbox() == [] and len(sink.wait(2)) == 2
@@ -961,7 +961,7 @@ def test_temporarily_refused_mail_is_sent_again(scratch, sink, replies):
     scratch.task("one", "true")
     result = scratch.headless()
     assert result.code == 0, result
-    assert sink.sessions == len(replies) and len(sink.letters) == 1
+    assert sink.sessions == len(replies) and len(sink.mails) == 1
     assert f"127.0.0.1:{sink.port}: {replies[0]}; next attempt in" \
         in scratch.log()
 
@@ -1027,9 +1027,9 @@ def test_mail_from_is_the_sender_of_smtp(scratch, sink, mail, smtp, sender):
         scratch.config["mail"]["smtp"]["from"] = smtp
     scratch.task("one", "true")
     assert scratch.headless().code == 0
-    for letter in sink.wait(2):
-        assert letter.sender == f"<{sender}>"
-        assert letter["From"] == sender
+    for received in sink.wait(2):
+        assert received.sender == f"<{sender}>"
+        assert received["From"] == sender
 
 
 def test_mail_from_is_the_sender_of_sendmail(scratch):

@@ -197,7 +197,7 @@ class Night:
                 for task in self.record["tasks"]}
 
     @property
-    def mail(self) -> servers.Letter:
+    def mail(self) -> servers.ReceivedMail:
         """The mail of the finish, which is the last one."""
         return self.mails[-1]
 
@@ -279,9 +279,9 @@ class Server:
 
     def night(self, *arguments: str, **options) -> Night:
         """A headless run, and what came of it."""
-        mails, pings = len(self.sink.letters), len(self.web.requests)
+        mails, pings = len(self.sink.mails), len(self.web.requests)
         result = self.mission("run", "--headless", *arguments, **options)
-        night = Night(self, result, self.sink.letters[mails:],
+        night = Night(self, result, self.sink.mails[mails:],
                      self.web.asked()[pings:])
         if not result.code:
             self.last_good = night
