@@ -27595,7 +27595,7 @@ and names, sections, settings and arguments. `koitab -e` edits yours, `koitab
 FILE` installs one, `koitab -T FILE` tests one, and `koitab next` prints when
 its jobs start. An error is reported with line and column; then nothing is
 installed. What is valid but suspicious gets a warning, such as a setting that
-no job follows.
+no job follows, or one within a command.
 
     [Backups]
     # Copies /home to the NAS.
@@ -28082,7 +28082,8 @@ that is left, once 20 good runs have shown what is usual.
 
 Day answers what did not run: it counts the starts that ran, failed, were
 missed or are still to come. Each count is a filter. Jobs with a problem on
-that day come first.
+that day come first. With more than 200 jobs, groups without problems are
+closed until they are opened or filtered.
 
 Run by hand lists the @manual jobs for people who do not use a shell: each with
 its description, a form and a button. A run for a host that is down waits for 5
@@ -28152,9 +28153,9 @@ Runs: 10,000 of a job, or 400 days. Output: 90 days, that of failed runs 180
 days. The audit log: 400 days. Pings: the last 100 of a check.
 
 A host has 1 GiB for output, arguments and reasons, and 1,000,000 runs. Beyond
-that its oldest output is removed first, then its oldest runs. A check has 256
-KiB for the bodies of its pings. No host and no check takes the space of
-another one.
+that its oldest output is removed first, then its oldest runs, and the page
+lists that as a problem of the host. A check has 256 KiB for the bodies of its
+pings. No host and no check takes the space of another one.
 
 LIMITS
 
@@ -28212,7 +28213,8 @@ BACKUP
 
 `koitab dashboard --backup FILE` copies the database. To restore, stop the
 dashboard and put the copy in the place of dashboard.db. The dashboard then
-asks the hosts for the runs that it lacks.
+asks the hosts for the runs that it lacks. A koi that is older than a database
+refuses it, so make a backup before an upgrade.
 """
 ALERTS_TOPIC = """\
 WHAT RAISES AN ALERT
@@ -28586,8 +28588,9 @@ and a status of 400 or more.
 The fields of each object:
 
   host
-      id, name, state, seen, since, version, zone, skew, problems. state is up,
-      down, new, left or duplicate.
+      id, name, state, seen, since, version, zone, skew, problems, bytes, runs.
+      bytes and runs are what is stored of the host; state is up, down, new,
+      left or duplicate.
   job
       id, host, user, section, name, label, tag, when, words, command, manual,
       state, running, last, failing, next, paused, removed. state is ok,
@@ -28854,7 +28857,10 @@ does not block.
 Mail is sent by cron's rules: if there is output, MAILTO is not empty and is a
 safe address, and there is a sendmail, which runs as the user of the job. No
 mail is sent for runs by hand and their retries, or for an attempt that another
-one follows. The output is in the history in any case.
+one follows. koid runs at most three sendmails at once, two of one user, the
+users in turn; one that takes more than 75 seconds is killed. While 1,000 mails
+of a user wait, later ones are not sent, and `koitab status` says so. The
+output is in the history in any case.
 
 `koitab kill` and KOI_TIMEOUT send SIGTERM to the processes of the job, and
 SIGKILL ten seconds later. A process that made its own session, or one that the
@@ -29092,8 +29098,8 @@ and a look at the three members:
     etcdctl --user root:$(cat root-password) member list
 
 On each machine, with koi's password in a file (0600), and then the same tab
-everywhere. koid reads these files when it starts, so restart it after you
-have renewed a certificate:
+everywhere. koid reads these files when it starts, so restart it after you have
+renewed a certificate:
 
     koitab unit daemon --etcd https://h1:2379 --etcd https://h2:2379 \\
         --etcd https://h3:2379 --etcd-ca /etc/koi-etcd/ca.pem \\
