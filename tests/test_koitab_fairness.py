@@ -106,7 +106,7 @@ def test_alert_that_was_notified_always_has_an_end(dashboard, web1, web2):
     assert digest["text"].endswith("and 160 more on web1")
 
 
-def test_receiver_that_refuses_a_hosts_text_gets_that_of_others_soon(
+def test_receiver_that_refuses_the_text_of_one_host_gets_that_of_others(
         dashboard, web1, web2):
     for record in dashboard.failing(5):
         dashboard.runs(web1, record)
@@ -118,8 +118,8 @@ def test_receiver_that_refuses_a_hosts_text_gets_that_of_others_soon(
     assert titles(found) == [WEB2_FAILED]
 
 
-def test_receiver_that_is_away_during_a_flood_gets_one_digest(dashboard, web1,
-                                                              web2):
+def test_receiver_that_is_down_during_a_flood_gets_one_digest(
+        dashboard, web1, web2):
     for _ in range(20):
         flood(dashboard, web1, 30)
         deliver(dashboard, lambda row: True)
@@ -292,7 +292,7 @@ def test_epochs_of_a_host_are_bounded(dashboard, web1):
     assert dashboard.sync(web1, epoch=249)["acked"] == dashboard.change
 
 
-def test_search_goes_on_after_outputs_that_took_all_the_time(
+def test_search_continues_after_outputs_that_used_up_its_time(
         dashboard, web1, web2, monkeypatch):
     def write(access, text: str) -> None:
         data = frames(text)
@@ -349,7 +349,7 @@ class ControlRig:
         return self.answered[before:]
 
 
-def test_user_whose_requests_take_koid_long_rests_in_between():
+def test_user_with_slow_requests_waits_between_them():
     rig = ControlRig()
     alice, bob = 61_001, 61_002
     held = [rig.ask(alice, 2.0) for _ in range(3)]
@@ -369,7 +369,7 @@ def test_user_whose_requests_take_koid_long_rests_in_between():
         client.close()
 
 
-def test_ranges_of_a_field_are_the_same_as_one_by_one():
+def test_ranges_of_a_field_are_parsed_like_single_values():
     field = koitab.SCHEDULE_FIELDS[0]
     for low, high in ((0, 59), (7, 7), (5, 58), (58, 5)):
         for step in (*range(1, 66), 10**9):

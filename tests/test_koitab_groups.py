@@ -244,7 +244,7 @@ ONE_HOST = [(DUE - 90, DUE + 90, "killed", "a")]
     ([], False), (IN_TURN, False), (ONE_HOST, False), (NO_QUORUM, True),
     (BOTH_HOSTS, True)],
     ids=["nothing", "members in turn", "a host", "a quorum", "all hosts"])
-def test_checker_wants_a_start_within_a_minute_unless_faults_excuse_it(
+def test_checker_requires_a_start_within_a_minute_unless_a_fault_excuses_it(
         events, excused):
     missed = verdict([], events, a="missed", b="missed")
     late = verdict([("b", 1, DUE + 61)], events, a="elsewhere", b="done")

@@ -971,7 +971,7 @@ def samples(dashboard, name: str) -> list[str]:
             if re.match(rf"{name}\b", line)]
 
 
-def test_start_on_another_host_is_good_in_metrics_and_no_success_here(
+def test_start_on_another_host_is_ok_in_metrics_but_not_a_success_here(
         dashboard, web1):
     dashboard.runs(web1, dashboard.record(), list=dashboard.list_of(
         web1, spec()))

@@ -492,7 +492,7 @@ def test_posix_rule_has_the_offsets_of_the_zone(rule, like):
     "CET-1CEST,M3.6.0,M10.5.0", "CET-1CEST,M3.5,M10.5.0", "CET-1CEST,J0,J1",
     "CET-1CEST,M3.5.0", "CET-1;id", "C" * 10_000,
 ])
-def test_invalid_posix_rule_is_none(rule):
+def test_invalid_posix_rule_is_parsed_as_none(rule):
     assert koitab.parse_posix_tz(rule) is None
 
 
@@ -550,7 +550,8 @@ def test_days_and_dates_agree_with_the_standard_library():
     (181, 181, 181),
     (0, 0, 1), (-1, -1, 1), (-179, -179, 1), (-180, -180, -180),
 ])
-def test_first_minute_after_each_kind_of_jump(ahead, wildcard, fixed):
+def test_first_minute_after_each_kind_of_clock_jump_is_found(
+        ahead, wildcard, fixed):
     """Each is in minutes from the virtual minute."""
     first = ahead * MINUTE
     assert koitab.first_minute_after_jump(0, first, True) == wildcard * MINUTE

@@ -79,7 +79,7 @@ def test_help_prints_a_topic_into_a_pipe(program):
         assert done.stdout == PROGRAMS[program].topic_text(topic)
 
 
-def test_help_of_a_command_is_that_of_its_option():
+def test_help_command_prints_the_same_as_the_help_option():
     for name in set(koitab.command_words()) - set(koitab.TOPICS):
         assert run("koitab", "help", name).stdout == run(
             "koitab", name, "--help").stdout != ""
@@ -138,7 +138,7 @@ def test_interrupt_in_the_pager_does_not_end_the_program(program, tmp_path):
 
 
 @each_program
-def test_empty_pager_means_less(program, tmp_path):
+def test_empty_pager_variable_selects_less(program, tmp_path):
     less = tmp_path / "less"
     less.write_text("#!/bin/sh\nexec sed 's/^/less: /'\n")
     less.chmod(0o755)
@@ -148,8 +148,7 @@ def test_empty_pager_means_less(program, tmp_path):
 
 
 @each_program
-def test_an_ordinary_user_reads_the_manual_where_nothing_else_is(
-        program):
+def test_ordinary_user_reads_the_manual_without_any_other_file(program):
     own = Path(shutil.copy(support.ROOT / f"{program}.py",
                            make_scratch_directory()))
     own.chmod(0o644)
@@ -172,7 +171,7 @@ def make(target: str, folder: Path) -> None:
         check=True, timeout=100, env={"PATH": os.defpath})
 
 
-def test_make_installs_every_page_for_everybody_and_removes_it(tmp_path):
+def test_make_installs_every_page_readable_for_all_and_removes_it(tmp_path):
     support.need("make")
     names = [(1, "mission"), (1, "koitab"), (8, "koid")] + [
         (7, f"{name}-{topic}") for name, program in PROGRAMS.items()
@@ -199,7 +198,7 @@ def test_make_installs_every_page_for_everybody_and_removes_it(tmp_path):
 
 
 @pytest.mark.parametrize("topic", TEXTS)
-def test_topic_fits_80_columns_and_has_only_blocks_that_are_known(topic):
+def test_topic_fits_80_columns_and_has_only_known_blocks(topic):
     text = TEXTS[topic]
     assert text.endswith("\n") and not text.endswith("\n\n")
     assert max(map(len, text.splitlines())) <= 79
@@ -212,7 +211,8 @@ def test_topic_fits_80_columns_and_has_only_blocks_that_are_known(topic):
 
 
 @pytest.mark.parametrize("topic", TEXTS)
-def test_manual_page_is_clean_and_has_all_words_of_its_text(topic, tmp_path):
+def test_manual_page_has_no_warnings_and_all_words_of_its_topic(
+        topic, tmp_path):
     """groff and mandoc find nothing wrong with the roff, and hyphenate
     nothing."""
     page, shown = tmp_path / "page.roff", ""

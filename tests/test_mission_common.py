@@ -42,7 +42,7 @@ def test_duration_is_formatted_as_go_formats_it(seconds, text):
     ("\u0663s", None), ("\uff11s", None), ("1s\n", None), ("inf s", None),
     ("nans", None), ("9" * 400 + "s", None),
 ], ids=lambda value: repr(value)[:24])
-def test_valid_duration_is_parsed_and_invalid_one_is_none(text, seconds):
+def test_valid_duration_is_parsed_and_an_invalid_one_gives_none(text, seconds):
     found = mission.parse_duration(text)
     assert found == pytest.approx(seconds) if seconds is not None \
         else found is None

@@ -571,6 +571,20 @@ def test_no_text_uses_words_that_read_like_a_translation():
     assert set(PLAIN_ANYWAY) <= found       # nothing is allowed in vain
 
 
+# The name of a test begins with the subject of a sentence.
+NO_SUBJECT = re.compile(r"(?:what|who|whose|which|how|that|it|of|from)\b")
+
+
+def test_names_of_tests_begin_with_a_subject_and_use_plain_words():
+    names = {name.replace("_", " ")
+             for path in (support.ROOT / "tests").rglob("test_*.py")
+             for name in re.findall(r"^(?:async )?def test_(\w+)",
+                                    path.read_text(), re.M)}
+    assert {name for name in names if UNPLAIN.search(name)
+            or NO_SUBJECT.match(name) or name.count(" ") < 2} == set()
+    assert len(names) > 2000
+
+
 # Limits that the tests make short, so that none of them waits so long. The
 # first is the contract's; the manual and comments name the others.
 LIMITS = [

@@ -1671,8 +1671,8 @@ def test_test_says_sending_until_the_result_and_then_shows_it(page, channels,
      "options: host is not a host name"),
     ({"kind": "mail", "target": "a@b.invalid"}, "target",
      "invalid email address name@example.org")])
-def test_error_of_a_notification_stands_at_its_field(page, channels, values,
-                                                     field, error):
+def test_error_of_a_notification_is_shown_at_its_field(
+        page, channels, values, field, error):
     before = len(channels)
     page.press(NEW)
     for name, value in values.items():
@@ -1731,7 +1731,7 @@ def test_alert_rules_are_saved_or_show_the_error_at_the_field(page, stand_in):
     assert page.faults("status of 400") == []
 
 
-def test_error_of_a_check_stands_at_its_field(page):
+def test_error_of_a_check_is_shown_at_its_field(page):
     page.visit("check/new", "#c-name")
     page.type("#c-name", "Broken")
     page.js("const k = document.querySelector('#c-kind'); k.value = 'cron'; "

@@ -51,7 +51,7 @@ def test_refusals_of_one_client_leave_room_in_the_log_for_others(tmp_path):
         assert "203.0.113.2 GET /nope: 404" in found.log()
 
 
-def test_many_changes_make_a_page_read_all_anew_once(tmp_path):
+def test_many_changes_make_a_page_reload_everything_once(tmp_path):
     """A host that floods would have every page load the state for ever."""
     with DashboardProcess(tmp_path, patch="k.MOST_MARKED = 0\n"
                           "k.RESET_PAUSE = 3.0") as found:

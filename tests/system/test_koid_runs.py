@@ -1318,8 +1318,8 @@ def test_a_job_of_a_user_is_mailed_by_that_user(koi, host, tmp_path):
 
 
 @support.root_only
-def test_user_who_stops_the_own_mails_holds_up_no_mail_of_others(koi, host,
-                                                                tmp_path):
+def test_user_that_stops_their_own_mails_does_not_delay_those_of_others(
+        koi, host, tmp_path):
     """What runs sendmail runs as the user, who may send it a signal."""
     program, sent = tmp_path / "sendmail", tmp_path / "sent"
     program.write_text(

@@ -377,7 +377,7 @@ def test_block_prints_what_the_readme_shows(story, name):
 
 
 @pytest.mark.root_only
-def test_jobs_that_watch_koid_and_the_dashboard_succeed(story):
+def test_jobs_that_monitor_koid_and_the_dashboard_succeed(story):
     assert story.pings == {"koid works": ("OK", 0),
                            "dashboard works": ("OKOK", 0)}
 
@@ -399,7 +399,7 @@ def test_programs_print_the_message_of_a_heading(story, heading):
     assert constant([heading])[0] in "\n".join(printed)
 
 
-def test_each_block_is_typed_or_says_why_not():
+def test_each_block_is_typed_or_has_a_reason_not_to_be():
     """That a block that is typed is also told is what the story's test
     shows: it looks for the name in the story's results."""
     names = {name for name, block in BLOCKS.items()
