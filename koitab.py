@@ -10899,7 +10899,9 @@ class ClaimClient:
             except Exception as error:      # of TLS, or what is not etcd
                 member, number, failures = None, number + 1, failures + 1
                 if failures > len(urls):
-                    problem = f"{url}: {failure_words(error)}"
+                    # Always the same member: each new text is logged.
+                    if failures % len(urls) == 1 % len(urls):
+                        problem = f"{url}: {failure_words(error)}"
                     time.sleep(RETRY_PAUSE)
                 continue
             if not work:

@@ -262,6 +262,18 @@ def test_etcd_that_is_not_there_when_koid_starts_is_a_problem_until_it_is(
     assert "problem" not in koitab_says(host, "status")
 
 
+def test_log_has_one_line_about_an_etcd_of_which_all_members_are_down(group):
+    host, = group.single(1).with_tab([EACH_MINUTE]).hosts
+    group.members[0].kill()
+    group.urls += koi_group.free_urls()
+    start(group)
+    due = support.wait_until(lambda: [
+        row["due"] for row in host.rows() if row["state"] == "missed"][1:],
+        60, "two missed starts")
+    assert len(due) == 1
+    assert host.koi.log().count("connection refused") == 1
+
+
 def test_member_of_another_etcd_is_refused(group):
     """As if each machine had an etcd of its own: two of them would make the
     same start."""
