@@ -313,7 +313,9 @@ def make_certificates(folder) -> None:
         "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=other "
         "-keyout other.key -out other.pem\n"
         "openssl x509 -req -in koi.csr -CA ca.pem -CAkey ca.key -days -1 "
-        "-CAcreateserial -out old.pem")], cwd=folder,
+        "-CAcreateserial -out old.pem\n"
+        "openssl x509 -req -in h1.csr -CA ca.pem -CAkey ca.key -days -1 "
+        "-CAcreateserial -extfile h1.ext -out h1-old.pem")], cwd=folder,
         capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for key in folder.glob("*.key"):
@@ -386,6 +388,21 @@ def test_start_is_claimed_over_tls_with_a_certificate_and_a_password(
     assert run["state"] == "done", (run, koi.problems())
     assert koi.text_of(run["run"]) == "ran\n"
     assert koi.problems() == ""
+
+
+def test_expired_certificate_of_etcd_is_a_problem(koi, secure):
+    folder, _ = secure
+    client, peer = koi_group.free_urls()
+    url = client.replace("http:", "https:")
+    member = koi_group.Member(folder, "m2", None, url, peer, options=(
+        "--cert-file", f"{folder}/h1-old.pem", "--key-file",
+        f"{folder}/h1.key")).start()
+    try:
+        start_secure(koi, (folder, url))
+        support.wait_until(lambda: "not trusted: certificate has expired"
+                           in koi.problems(), 30, "the problem")
+    finally:
+        member.kill()
 
 
 def test_login_is_renewed_when_etcd_has_forgotten_it(koi, secure):
