@@ -234,7 +234,7 @@ class Browser(WebDriver):
         self.size(*size)
 
     def console(self) -> list[str]:
-        """What the console was told since the last time."""
+        """Return the messages of the console since the last call."""
         return [entry["message"] for entry
                 in self.call("POST", "/se/log", {"type": "browser"})]
 

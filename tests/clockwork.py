@@ -32,7 +32,7 @@ mount --bind "$1/spool" /var/spool/cron/crontabs &&
 exec "$2" -IS "$3"
 """
 # For support.program: Clock shows what is in the file {clock!r} since koid
-# last woke. After it stand the turns that koid has made, and the ticks until
+# last woke. After it are the turns that koid has made, and the ticks until
 # which it sleeps. The descriptor is kept: koid may have no other left. The
 # numbers are there twice, because a read may see half of a write.
 STILL = """
@@ -184,7 +184,7 @@ def run(folder: Path, zone: str, lines: list[str], walls: list[int],
 
 
 class Sleeper:
-    """A daemon under a clock that stands still.
+    """A daemon under a stopped clock.
 
     A signal that it does not mind ends its sleep early: it looks at the
     clock, and starts what is due. Then it sleeps again, in the call `rest`.

@@ -374,7 +374,7 @@ class HttpClient:
         return HttpReply(status, headers, self.take(length))
 
     def take(self, length: int) -> bytes:
-        """So many bytes."""
+        """Return the next `length` bytes. Raises EOFError."""
         while len(self.data) < length:
             if not self.more():
                 raise EOFError(bytes(self.data[:300]))

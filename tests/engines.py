@@ -105,7 +105,7 @@ class Firefox(WebDriver):
 
 
 class WebKit(WebDriver):
-    """WebKitGTK's small browser, on an X server of its own."""
+    """WebKitGTK's small browser, on its own X server."""
 
     def __init__(self):
         support.need("WebKitWebDriver", "Xvfb")

@@ -36,7 +36,7 @@ TAB = 'MAILTO=""\n"slot" * * * * * {keep}\n"boot" @reboot {keep}\n' \
 TELLING = ("getpid", "clone3", "vfork", "wait4", "exit_group")
 FINAL = {"done", "interrupted", "missed", "skipped", "unstartable"}
 MINUTE = 60
-NOON = 1_795_348_800    # 2026-11-22 12:00:00 UTC; the clock stands still
+NOON = 1_795_348_800    # 2026-11-22 12:00:00 UTC; the clock is stopped
 PATIENCE = 30           # seconds for what should take one
 KOITAB = support.load("koitab")
 BUSY = "already running"    # a supervisor that has not begun holds the lock
@@ -178,7 +178,7 @@ def life(koi, *wrap: str) -> tuple[int | None, int]:
 def settled(koi, acked: int | None) -> Counter:
     """What a fresh koid makes of it: the states of all runs. Raises
     WrongState."""
-    # koid looks after what it adopts every few seconds; its clock stands.
+    # koid checks adopted runs every few seconds, but its clock is stopped.
     support.wait_until(lambda: not any(map(supervised, list(
         (koi.home / "runs").iterdir()))), PATIENCE, "the supervisors")
     restart(koi)

@@ -100,7 +100,7 @@ def cut(server, right):
 
 
 def revoked(server, right):
-    """The access token is no longer good, whatever its expiry said."""
+    """Make the access token invalid before it expires."""
     server.tokens.clear()
     return right()
 

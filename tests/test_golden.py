@@ -89,7 +89,7 @@ PLACEHOLDERS: list[tuple[str, str | Callable]] = [
     (r"(?m)▇  [0-9hms.]+$", "▇  <took>"),
     (r'"(seconds|ms)": \d+(\.\d+)?', r'"\1": <took>'),
     (r"(mission_\w+_duration_seconds(\{.*\})?) \d+(\.\d+)?", r"\1 <took>"),
-    # How many commits a dashboard made, and who is still connected to it.
+    # The number of commits of a dashboard, and of its connections.
     (r'("seq": )\d+', r"\1<seq>"),
     (r'("change": )\d+', r"\1<change>"),
     (r"(?m)(koi_web_connections) \d+$", r"\1 <number>"),

@@ -25,7 +25,7 @@ ME = koitab.Machine().user_name(os.getuid())
 
 class Koid:
     """A daemon that answers from its fields, and records its requests.
-    It stands in the place of Link."""
+    It replaces DaemonClient."""
 
     def __init__(self):
         self.text, self.daemon, self.output = None, True, b""

@@ -355,7 +355,7 @@ def test_user_with_slow_requests_waits_between_them():
     held = [rig.ask(alice, 2.0) for _ in range(3)]
     assert rig.turn() == [alice]
     assert rig.turn() == rig.turn() == []
-    assert rig.poller.wait(0) == []         # koid sleeps meanwhile
+    assert rig.poller.wait(0) == []         # koid sleeps until then
     held.append(rig.ask(bob, 0.0))
     assert rig.turn() == [bob]
     rig.clock.time += 8

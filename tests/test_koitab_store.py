@@ -180,7 +180,7 @@ def a_page_of_noise(path):
 
 
 def a_leaf_of_noise(path):
-    """Where only some of the runs stand."""
+    """Damage a page that contains only some of the runs."""
     data = bytearray(path.read_bytes())
     page = data.rindex(b"a reason a reason") // 4096 * 4096
     data[page:page + 4096] = b"\xa5" * 4096

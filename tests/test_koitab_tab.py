@@ -76,7 +76,7 @@ def test_case_file_has_all_rejected_lines():
     ("  60 * * * * x\n", [(1, 3, "bad minute")]),
     ("5 1,24 * * * x\n", [(1, 5, "bad hour")]),
     ("60 24 * * * x\n", [(1, 1, "bad minute"), (1, 4, "bad hour")]),
-    ("60 24 32 * * x\n", [(1, 1, "bad minute")]),   # this is no entry at all
+    ("60 24 32 * * x\n", [(1, 1, "bad minute")]),   # this is not an entry
     ("\t5 \t* * * 1-8 x\n", [(1, 13, "bad day-of-week")]),
     ("* * * *\n", [(1, 8, "bad day-of-week")]),
     ("* * * JAN c\n", [(1, 11, "bad day-of-week")]),
@@ -497,7 +497,7 @@ def test_valid_line_gets_no_warning(line):
     assert warnings(line + "\n") == expected
 
 
-# --- where a placeholder may stand ----------------------------------------
+# --- where a placeholder may be -------------------------------------------
 
 
 @pytest.mark.parametrize("command, place", [

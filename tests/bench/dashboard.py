@@ -645,7 +645,7 @@ async def hold_all(port: int, agents: int, viewers: int, cert: str | None
 
 @contextlib.contextmanager
 def holding(ours: Dashboard, agents: int, viewers: int):
-    """So many are held meanwhile; yields what may be said of them."""
+    """Hold connections of agents and viewers; yield figures about them."""
     said: dict = {}
     with Loader(load_agents, ours.port, agents, viewers,
                 str(ours.cert) if ours.cert else None) as loader:

@@ -100,7 +100,7 @@ def expressions() -> list[str]:
 
 def rated(name: str, wanted: str, pairs: int, count: int, ours, theirs
           ) -> None:
-    """The median ratio of the pairs, and both as so many a second."""
+    """The median ratio of the pairs, and both as a number per second."""
     times = []
     ours(), theirs()
     for operation in [ours, theirs] * pairs:
@@ -535,7 +535,7 @@ def idle_row(name: str, pid: int, before: Look, after: Look) -> None:
 
 
 class Late(NamedTuple):
-    """What a daemon did with so many jobs a minute."""
+    """What a daemon did with a number of jobs a minute."""
     times: list             # seconds after the minute, in order
     due: int
     cpu: float              # seconds a minute, of the daemon and its jobs

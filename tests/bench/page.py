@@ -104,7 +104,7 @@ class World(server.Filling):
 
 
 class Served:
-    """A dashboard with so many jobs, whose hosts are up."""
+    """A dashboard with a number of jobs, whose hosts are up."""
 
     def __init__(self, args, folder: Path, jobs: int):
         self.world = World(jobs)

@@ -30,7 +30,7 @@ KOI_KEEP=100000
 "Out" @manual echo out {{{{N}}}}; echo err {{{{N}}}} >&2
 "Long" @manual echo long; while :; do sleep 0.2; echo on; done
 """
-GONE = (OSError, EOFError)      # of a dashboard that was killed meanwhile
+GONE = (OSError, EOFError)      # of a dashboard that was killed in between
 FINAL = ("accepted", "refused", "expired")
 
 

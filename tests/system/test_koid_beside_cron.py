@@ -97,7 +97,7 @@ FEW = """
 
 
 def clock(begin: str, minutes: int, steps: dict | None = None) -> list[int]:
-    """The minutes that a clock shows which is set at some of them.
+    """Return the minutes that a clock shows, which is set at some of them.
 
     steps: after so many minutes -> by so many minutes."""
     at, walls = int(datetime.fromisoformat(begin).timestamp()), []

@@ -184,7 +184,7 @@ def test_new_uses_a_dashboard_that_runs_by_itself_and_is_not_created(
         done = host.koitab("-d", "new")
         assert done.code == 0 and server.url in done.out, done
         assert host.pid() == 0
-        # It is created: the next host has one of its own.
+        # It is created, so the next host starts another one.
         assert host.koitab("-d", "off").code == 0
         host.new()
         assert host.port != server.port and host.pid()

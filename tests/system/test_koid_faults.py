@@ -44,7 +44,7 @@ def states(koi, job: str | None = None) -> list[str]:
 
 
 def executed(koi, count: int = 1, seconds: float = 20) -> list[int]:
-    """The truth, when it has so many lines."""
+    """Return the truth, once it has `count` lines."""
     return wait_until(lambda: len(truth(koi)) >= count and truth(koi),
                       seconds, f"{count} runs\n{koi.log()}")
 
@@ -1314,7 +1314,7 @@ def test_damaged_history_is_moved_aside_and_jobs_continue(
     if aside:
         assert max(path.stat().st_size for path in aside) >= len(data)
         assert "damaged" in koi.log()[size:] and aside[0].name in koi.log()
-    else:                       # it was a page that nothing stands on
+    else:                       # nothing was stored on that page
         assert len(koi.history()) > 8
     assert "Traceback" not in koi.log()
 

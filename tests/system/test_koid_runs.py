@@ -762,7 +762,7 @@ def test_missed_starts_are_recorded_and_caught_up_once_with_koi_catchup(
     before = koi.history()
     koi.stop()
     clock.start(EDGE + 48 * HOUR)
-    assert koi.history() == before      # it is told once
+    assert koi.history() == before      # it is logged once
 
 
 def test_reboot_jobs_run_once_after_each_boot(koi):

@@ -495,7 +495,7 @@ def numbers(text: str) -> list[int]:
 @pytest.mark.parametrize("job", ["Big", "Slow"])
 def test_head_and_tail_of_a_large_output_are_printed_once_each(
         web1_host, ready, job):
-    """The rest is left out, and that is told; whatever was seen live."""
+    """The rest is left out with a note, even if it was shown live."""
     done = there(web1_host, ready, job)
     assert done.code == 0, done.err[-500:]
     found = numbers(done.out)

@@ -35,7 +35,7 @@ def trusting(folder: Path) -> dict[str, str]:
 
 
 class Spy:
-    """Programs to plant, and what they tell of themselves."""
+    """Programs to plant, and what they record of themselves."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -81,7 +81,7 @@ def repo(alice, host):
 
 @pytest.fixture
 def own(scratch):
-    """A repository of whoever runs the test, in a run of theirs."""
+    """A repository of the user that runs the test, and a run of that user."""
     folder = make_repository(scratch.folder / "repo")
     scratch.config["storage"]["sync"] = {"path": str(folder), "commit": True}
     scratch.task("one", 'date +%s.%N > "$SYNC_DIR/file"')

@@ -232,7 +232,7 @@ class Server:
             assert done.code == 0, done
 
     def write_settings(self) -> None:
-        """What the server has in /etc of its own."""
+        """Write the files that the server has in /etc, and its database."""
         with contextlib.closing(sqlite3.connect(
                 self.folder / "app.db")) as db, db:
             db.execute("create table orders as select 4711 number")

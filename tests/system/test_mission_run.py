@@ -161,7 +161,7 @@ def test_problems_are_shown_at_once_and_again_in_the_summaries(scratch):
                      log_section(result.out, "Errors"), re.M)
     assert re.search(r"^(\[.*\] )?- needy: .*bad.*",
                      log_section(result.out, "Warnings"), re.M)
-    # The summaries stand at the end, warnings first.
+    # The summaries are at the end, warnings first.
     assert log_titles(result.out)[-3:] == ["Finish", "Warnings", "Errors"]
 
 
