@@ -16138,6 +16138,7 @@ IDLE_TIME = 75.0        # seconds between two requests of a connection
 WRITE_TIME = 30.0       # seconds in which a client takes WRITE_SIZE bytes
 WRITE_SIZE, READ_SIZE = 2**16, 2**16
 LINGER_TIME, LINGER_BYTES = 5.0, 2**24  # that we discard after a refusal
+MOST_VALUES = 400_000   # of a body: 8 MiB of "[]," would take 200 MB
 AHEAD = 2**16           # bytes of requests that wait for their turn
 STOP_TIME = 1.5         # seconds for running requests when the server stops
 ACCEPT_PAUSE = 0.1      # seconds without accepting: no descriptor was left
@@ -16378,6 +16379,9 @@ def parse_body(body: bytes) -> dict:
     def refuse(_text: str):
         raise ValueError
 
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise Error(f"the body has more than {MOST_VALUES:,} values",
+                    "send them in several requests", 413)
     try:
         found = json.loads(body.decode(), parse_int=whole, parse_float=finite,
                            parse_constant=refuse)
@@ -16506,7 +16510,8 @@ class ConnectionLimits:
 class Response:
     """A response before it becomes bytes.
 
-    `headers` are (name, value). `stream`, a coroutine function, sends a body
+    `headers` are (name, value). `release()` is called when it was sent, or
+    cannot be. `stream`, a coroutine function, sends a body
     of unknown length: it gets the function `send(bytes)`, also a coroutine,
     and the connection closes after it.
     """
@@ -16515,7 +16520,7 @@ class Response:
                  content_type: str = TEXT, headers: tuple = (), stream=None):
         self.status, self.body = status, body
         self.content_type, self.headers = content_type, headers
-        self.stream = stream
+        self.stream, self.release = stream, lambda: None
 
 
 def json_response(value, status: int = 200, headers: tuple = ()) -> Response:
@@ -16740,8 +16745,11 @@ class HttpConnection:
         last = bool(self.unread or self.server.stopping or response.stream
                     or self.tls_context is not self.server.tls_context
                     or not request.keeps_alive)
-        await self.send_response(response, last,
-                                 request and request.method == "HEAD")
+        try:
+            await self.send_response(response, last,
+                                     request and request.method == "HEAD")
+        finally:
+            response.release()
         if self.unread:
             await self.linger()
         self.idle = True
@@ -17741,10 +17749,27 @@ class Api:
 
     async def respond(self, request: Request,
                       connection: HttpConnection) -> Response:
-        """Return the response to a request whose body is not read yet.
-        Raises ConnectionClosed."""
-        import asyncio
+        """Return the response to a request whose body is not read yet. It
+        counts for its client until it is sent: a slow one may hold few of
+        them in memory. Raises ConnectionClosed."""
         context = RequestContext(request, connection)
+        try:
+            response = await self.handle(context, request, connection)
+        except BaseException:       # it is cancelled, too
+            self.rules.uncount(context)
+            raise
+        response.headers += context.cors
+        response.release = lambda: self.rules.uncount(context)
+        if response.stream:         # a page follows it all day
+            response.release()
+            response.release = lambda: None
+        return response
+
+    async def handle(self, context: RequestContext, request: Request,
+                     connection: HttpConnection) -> Response:
+        """Return the response to a request, be it an error. Raises
+        ConnectionClosed."""
+        import asyncio
         try:
             response = self.check(context)
             self.share.set(context.share)
@@ -17776,9 +17801,6 @@ class Api:
             self.server.refusals.report_bug(bug)
             response = error_response(Error(
                 "internal error of the dashboard", "see its log", 500))
-        finally:
-            self.rules.uncount(context)
-        response.headers += context.cors
         return response
 
     def check(self, context: RequestContext) -> Response | None:

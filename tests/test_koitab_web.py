@@ -215,6 +215,13 @@ def test_json_that_sqlite_cannot_store_is_refused(body):
     assert refused(koitab.parse_body, body).status == 400
 
 
+def test_body_of_very_many_values_is_refused_before_it_is_parsed():
+    """Each empty list of three bytes would take 64."""
+    with pytest.raises(koitab.Error) as error:
+        koitab.parse_body(b'{"a":[' + b"[]," * koitab.MOST_VALUES + b"0]}")
+    assert error.value.status == 413
+
+
 def test_a_body_becomes_a_dictionary():
     assert koitab.parse_body(b'{"a":"\\ud83d\\ude00","b":1.5,"c":-7}') == {
         "a": "\U0001f600", "b": 1.5, "c": -7}

@@ -119,6 +119,31 @@ def test_clients_that_send_bodies_slowly_make_room_for_others(tmp_path):
         assert found.ask("GET", "/healthz").body == b"OK"
 
 
+LARGE_STATE = """
+k.MOST_OF_CLIENT = 3
+state = k.Dashboard.state
+k.Dashboard.state = lambda *values: {**state(*values), "pad": "x" * 2**25}
+"""
+
+
+def test_client_that_does_not_read_holds_few_responses(tmp_path):
+    with contextlib.ExitStack() as stack, DashboardProcess(
+            tmp_path, patch=LARGE_STATE) as found:
+        found.set_up()
+        for _ in range(3):
+            client = stack.enter_context(found.client())
+            client.send(encode_request(found.port, "GET", "/api/v1/state",
+                                       token=VIEWER_TOKEN))
+            assert client.head()[0] == 200
+        assert found.ask("GET", "/api/v1/audit",
+                         token=VIEWER_TOKEN).status == 503
+        assert found.ask("GET", "/api/v1/audit",
+                         token=OPERATOR_TOKEN).status == 200
+        client.sock.close()
+        support.wait_until(lambda: found.ask(
+            "GET", "/api/v1/audit", token=VIEWER_TOKEN).status == 200, 20)
+
+
 def test_connections_of_one_token_make_room_for_others(tmp_path):
     """A viewer that follows all changes many times kept everyone out."""
     with contextlib.ExitStack() as stack, DashboardProcess(
