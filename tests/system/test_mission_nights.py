@@ -532,7 +532,7 @@ def test_night_with_a_drive_that_hangs_during_its_task_fails_that_task(
         server, last_good):
     script = SCRIPTS["borg"]
     with server.configured(tasks=[
-            {**task, "timeout": "2s"} if task["slug"] == "borg" else task
+            {**task, "timeout": "8s"} if task["slug"] == "borg" else task
             for task in server.config["tasks"]]), server.changed(
             borg=f"#!/bin/sh\nkill -STOP {server.nas.pid}\nexec {script}"):
         try:
