@@ -42,7 +42,7 @@ EXIT_NO_PYTEST = 69     # sysexits(3), EX_UNAVAILABLE
 SECONDS = {
     "test_mission_faults.py": 60, "test_mission_delivery.py": 50,
     "test_koid_groups.py": 110, "test_koid_cluster.py": 60,
-    "test_koid_recipe.py": 60,
+    "test_koid_recipe.py": 60, "test_readme.py": 60,
     "test_koid_faults.py": 50, "test_mission_nights.py": 45,
     "test_koid_users.py": 40,
     "test_mission_builtins.py": 30, "test_dashboard_page.py": 26,
