@@ -12857,7 +12857,7 @@ create index flips_of_check on flips ("check", at);
         except (Error, ScheduleError) as error:
             expected, words = None, str(error)
         entries = [
-            (n, rounded(at), rounded(took), "f" if kind == "fail" else "o")
+            (n, at, took, "f" if kind == "fail" else "o")
             for n, at, took, kind in db.execute(
                 'select n, at, duration, kind from pings where "check" = ? '
                 "and kind in ('success', 'fail') order by n desc limit ?",
@@ -12880,7 +12880,9 @@ create index flips_of_check on flips ("check", at);
 
     def show(self, db: Database, uuid: str, now: float) -> dict:
         """Return one check as it is shown. Raises Error (404)."""
-        return self.shape(db, self.find(db, uuid), now)
+        shown = self.shape(db, self.find(db, uuid), now)
+        return {**shown, "recent_runs": in_milliseconds(
+            shown["recent_runs"])}
 
     def list_pings(self, db: Database, uuid: str,
                    before: int | None = None) -> dict:
