@@ -28845,8 +28845,8 @@ minutes.
 
 koid sleeps until something is due. A clock that is set, a machine that wakes
 up, or a tab that is edited wake it. A tab that koitab installs is in force
-before the command returns; one that is edited in another way within a second,
-and from the next minute on.
+before the command returns. A file that is edited in another way is read within
+a second, at the latest before the next minute.
 
 HOW A RUN STARTS
 
