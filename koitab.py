@@ -12376,6 +12376,30 @@ def is_uuid(text: str) -> bool:
             text.replace("-", "").lower())
 
 
+class PingSecrets:
+    """What can ping: the UUIDs of the checks, and the ping key. A command or
+    an output may have them, and viewers read those."""
+    UUID = b"(?i)[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+
+    def __init__(self, db: Database):
+        self.uuids = set(db.column("select uuid from checks"))
+        self.key = (db.value("select ping_key from dashboard") or "").encode()
+
+    def hide(self, data: bytes) -> bytes:
+        """Return `data` with stars in their places. The length stays, as
+        frames of output have one."""
+        import re
+        data = re.sub(self.UUID, lambda found: b"*" * 36 if found[0].decode(
+            ).lower() in self.uuids else found[0], data)
+        return data.replace(self.key, b"*" * len(self.key)) if self.key \
+            else data
+
+
+def hide_secrets(db: Database, data: bytes) -> bytes:
+    """Return what a viewer may see of a response or a line."""
+    return PingSecrets(db).hide(data)
+
+
 def describe_period(period: float) -> str:
     """Return a period of seconds in words: every 5 minutes, every day."""
     for name, size in (("day", 86_400), ("hour", 3600), ("minute", 60)):
@@ -14574,7 +14598,7 @@ class Search:
                 "search works without it, but is slow"
 
     def find(self, db: Database, text: str, job: int | None = None,
-             before: int | None = None) -> dict:
+             before: int | None = None, role: str = "operator") -> dict:
         """Return the newest runs before a run whose output contains a text,
         each with the first line that does. After SEARCH_TIME, or 20 of
         them, `more` is true: the search continues before the run `before`,
@@ -14585,6 +14609,8 @@ class Search:
             raise Error("search text needs at least 2 characters", "", 400)
         if job is not None:
             self.runs.hosts.job(db, job)
+        # Or a viewer could find a secret out, letter by letter.
+        secrets = None if role == "operator" else PingSecrets(db)
         until, matches, more = time.monotonic() + SEARCH_TIME, [], False
         db.connection.set_progress_handler(
             lambda: int(time.monotonic() > until), 10_000)
@@ -14593,7 +14619,7 @@ class Search:
                 if len(matches) == 20 or time.monotonic() > until:
                     more = True
                     break
-                matches += self.match(db, run, text)
+                matches += self.match(db, run, text, secrets)
                 before = run
         except sqlite3.DatabaseError as error:
             if "interrupted" not in str(error):
@@ -14603,7 +14629,8 @@ class Search:
             more = True
         finally:
             db.connection.set_progress_handler(None, 0)
-        return {"matches": matches, "more": more, "before": before}
+        return {"matches": matches, "more": more,
+                "before": before if more else None}
 
     def candidates(self, db: Database, text: str, job: int | None,
                    before: int | None):
@@ -14628,14 +14655,16 @@ class Search:
             quoted)
         return merge(waiting, (run for run, in rows), reverse=True)
 
-    def match(self, db: Database, run: int, wanted: str) -> list[dict]:
+    def match(self, db: Database, run: int, wanted: str,
+              secrets: PingSecrets | None) -> list[dict]:
         """Return [the first line of a run that has a text, and where its
         chunk begins], or []."""
         import re
         for at, data in db.execute("select at, data from outputs where run = "
                                    "? order by at", run):
-            text = re.sub(STRIPPED, "", output_text(data).decode(
-                "utf-8", "replace"))
+            data = output_text(data)
+            text = re.sub(STRIPPED, "", (secrets.hide(data) if secrets else
+                                         data).decode("utf-8", "replace"))
             # Small letters are found ten times as fast as those of any case.
             match = wanted.lower() in text.lower() and re.search(
                 re.escape(wanted), text, re.I)
@@ -17446,6 +17475,12 @@ class RequestContext:
         self.client, self.share = (), None      # see AccessRules.enter
 
     @property
+    def is_reader(self) -> bool:
+        """May the client read what people see, but nothing that pings?"""
+        return bool(self.principal) and self.principal.role in (
+            "viewer", "metrics")
+
+    @property
     def wants_seconds(self) -> bool:
         """Does the client ask for times in seconds, not in RFC 3339?"""
         return SECONDS_JSON in self.request.headers.get("accept", "")
@@ -17783,6 +17818,10 @@ class Api:
                                            context.route.body)
                 context.query = self.parse_query(context)
                 response = await context.route.handler(self, context)
+                if context.is_reader and GZIP_HEADERS[0] \
+                        not in response.headers:
+                    response.body = await self.in_reader(
+                        self.dashboard.read, hide_secrets, response.body)
                 if response.content_type == JSON \
                         and context.route.path.startswith("/api/v1/") \
                         and not context.wants_seconds:
@@ -17994,6 +18033,7 @@ class Api:
             lines = [compact_json(for_role(changes, role)).encode(
                 "utf-8", "backslashreplace") + b"\n"
                 for role in ("operator", "viewer")]
+            lines[1] = hide_secrets(self.dashboard.db, lines[1])
         try:
             self.loop.call_soon_threadsafe(self.dispatch_changes, seq, lines,
                                            topics)
@@ -18174,6 +18214,9 @@ async def show_state(api: Api, context: RequestContext) -> Response:
     def encode(state: dict) -> Response:
         parts = state_parts(state)
         if context.wants_seconds and accepts_gzip(context.request):
+            if context.is_reader:
+                hide = PingSecrets(api.dashboard.reader()).hide
+                parts = [(hide(text), level) for text, level in parts]
             return Response(200, gzip_parts(parts), JSON,
                             headers=GZIP_HEADERS)
         return Response(200, b"".join(text for text, _ in parts), JSON)
@@ -18273,7 +18316,8 @@ async def search_outputs(api: Api, context: RequestContext) -> Response:
     if not text or len(text) > LONGEST_SEARCH or "\0" in text:
         raise Error("missing or invalid search text", "?q=TEXT", 400)
     return await api.answer(api.dashboard.search.find, text,
-                            query.get("job"), query.get("before"))
+                            query.get("job"), query.get("before"),
+                            context.principal.role)
 
 
 async def show_day(api: Api, context: RequestContext) -> Response:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import json
 import subprocess
 
 import support
 from dashboard_rig import (HOST, HOST_TOKEN, OPERATOR_TOKEN, VIEWER_TOKEN,
                            DashboardProcess, HttpClient, encode_request,
-                           sync_payload, token_of)
+                           frames, piece, sync_payload, token_of)
 
 koitab = support.load("koitab")
 OTHER = "d4" * 16
@@ -203,20 +205,48 @@ def crawl(found, checks: tuple) -> bytes:
         for check in checks if "CHECK" in path else ("",):
             words = [{"CHECK": check, **VALUES}.get(word, word)
                      for word in path.split("/")]
-            for query in ("", "?q=oops&from=1&to=9999999999", "?before=x"):
+            for query, accept in (
+                    ("", None), ("", "gzip"), ("?before=x", None),
+                    ("?q=ping&from=1&to=9999999999", None)):
                 reply = found.ask("GET", "/".join(words) + query,
-                                  token=VIEWER_TOKEN)
+                                  token=VIEWER_TOKEN, Accept_Encoding=accept,
+                                  Accept=koitab.SECONDS_JSON)
+                if accept and "content-encoding" in reply.headers:
+                    seen += gzip.decompress(reply.body)
                 seen += reply.body + repr(reply.headers).encode()
     return seen
+
+
+def secret_job(found, address: str, number: int = 1) -> None:
+    """A job of web1 whose command and output have what can ping."""
+    job = {"user": "root", "tag": f"t{number}", "section": "", "name": "",
+           "label": f"curl https://koi/ping/{address}"}
+    data = frames(f"GET /ping/{address}\n")
+    for fields in (
+            {"list": {"mac": "e" * 64, "body": json.dumps({
+                "v": 1, "dash": found.dash, "host": HOST, "key": "0" * 16,
+                "name": "web1", "at": 1, "jobs": [json.dumps({
+                    **job, "when": "@manual", "words": "", "params": [],
+                    "command": job["label"], "confirm": "no"})]})}},
+            {"records": [{
+                **job, "run": number, "change": number, "state": "done",
+                "trigger": "manual", "started": 1.0, "ended": 2.0, "exit": 1,
+                "size": len(data)}]},
+            {"outputs": [piece(number, 0, data)]}):
+        reply = found.ask("POST", "/api/v1/sync", sync_payload(**fields),
+                          HOST_TOKEN)
+        assert reply.status == 200, reply
 
 
 def test_no_answer_to_a_viewer_has_what_could_ping(tmp_path):
     with DashboardProcess(tmp_path) as found, found.client() as stream:
         found.set_up()
         uuid = found.add_check()
+        secret_job(found, uuid)
         key, state = koitab.hashed_uuid(uuid), found.ask(
             "GET", "/api/v1/state", token=OPERATOR_TOKEN).json
         ping_key = state["dash"]["ping_key"]
+        secret_job(found, f"{ping_key}/slug", 2)
         stream.send(encode_request(
             found.port, "GET", f"/api/v1/stream?since={state['seq']}",
             token=VIEWER_TOKEN))
@@ -237,8 +267,19 @@ def test_no_answer_to_a_viewer_has_what_could_ping(tmp_path):
         seen = crawl(found, (key, "0" * 40))
         found.ask("POST", f"/api/v1/checks/{uuid}", {"do": "delete"},
                   OPERATOR_TOKEN)
-        seen += crawl(found, (key,))
         while b'"deleted"' not in seen:
             seen += stream.line()
     assert seen.count(key.encode()) > 6 and b"snooze" in seen
+    assert b"curl https://koi/ping/***" in seen
     assert uuid.encode() not in seen and ping_key.encode() not in seen
+
+
+def test_viewer_cannot_search_for_what_could_ping(tmp_path):
+    with DashboardProcess(tmp_path) as found:
+        found.set_up()
+        uuid = found.add_check()
+        secret_job(found, uuid)
+        for token, count in ((OPERATOR_TOKEN, 1), (VIEWER_TOKEN, 0)):
+            matches = found.ask("GET", f"/api/v1/search?q={uuid[:5]}",
+                                token=token).json["matches"]
+            assert len(matches) == count
