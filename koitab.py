@@ -19136,7 +19136,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .charts h2 { margin-bottom: 6px; font-size: 13px; }
 .charts .legend { margin: 2px 0 14px; }
 .charts .spark { display: block; }
-.dates { display: block; }
+.dates { display: block; overflow: visible; }
 .dates text { fill: var(--soft); font-size: 11.5px; }
 .leads { cursor: pointer; }
 .leads:hover { background: var(--hover); }
@@ -22988,10 +22988,11 @@ function jobCharts(job, width) {
   const pitch = Math.max(4, Math.min(20, width / most));
   const last = runs.slice(-most), size = { most, pitch, height: 34 };
   const step = Math.ceil(110 / pitch), labels = last.filter((_, at) =>
-    at % step === 0 && (at + step / 1.4) < last.length);
+    !at || at % step === 0 && (at + step / 1.4) < last.length);
   const across = pitch * most, line = sparkline(runs, job.usual, {
     width: across, height: 46, most });
-  return [el("h2", { text: `Last ${plural(last.length, "run")}` }),
+  return [el("h2", { text: last.length === 1 ? "Last run"
+    : `Last ${plural(last.length, "run")}` }),
     setAttributes(historyBar(runs, host, undefined, size), { tabindex: 0 }),
     svg("svg", { class: "dates", width: across, height: 18,
       "aria-hidden": "true" }, labels.map((run) => svg("text", {

@@ -52,8 +52,8 @@ VIEWS = [
     ("viewer", {"well": True}, "jobs", "session.role = 'viewer'; app.open()",
      ".row"),
     ("viewer-settings", {"well": True}, "settings", "", "#stay"),
-    ("menu", {}, "jobs", "document.querySelector('[aria-haspopup]').click()",
-     "#menu:popover-open"),
+    ("menu", {}, "jobs", "document.querySelector('.why [aria-haspopup]')"
+     ".click()", "#menu:popover-open"),
     ("jobs-well", {"well": True}, "jobs", "", ".row"),
     ("jobs-many", {"many": True}, "jobs", "", ".row"),
     ("jobs-empty", {"empty": True}, "jobs", "", "#main h2"),
