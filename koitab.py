@@ -12322,7 +12322,7 @@ def down_at(check: dict, expected: float | None) -> float | None:
 
 
 def check_state(check: dict, expected: float | None, now: float) -> str:
-    """Return the state that is shown: new, up, grace, down or paused."""
+    """Return the state that is shown: new, up, late, down or paused."""
     start, status = check["last_start"], check["status"]
     if start is not None and now >= start + (
             check["run_limit"] or check["grace"]):
@@ -12333,7 +12333,7 @@ def check_state(check: dict, expected: float | None, now: float) -> str:
         return "up"
     if now >= expected + (check["start_within"] or check["grace"]):
         return "down"
-    return "grace" if now >= expected else "up"
+    return "late" if now >= expected else "up"
 
 
 def after_ping(check: dict, kind: str, rid: str | None, now: float) -> dict:
@@ -12440,7 +12440,8 @@ def api_check(check: dict, url: str, role: str) -> dict:
         "name", "slug", "tags", "desc", "manual_resume", "methods", "started",
         "last_duration")}
     found.update(
-        grace=int(check["grace"]), n_pings=check["n"], status=check["state"],
+        grace=int(check["grace"]), n_pings=check["n"],
+        status={"late": "grace"}.get(check["state"], check["state"]),
         last_ping=api_time(check["last_ping"]),
         next_ping=api_time(check["next"]))
     if check["kind"] == "simple":
@@ -12684,7 +12685,7 @@ create index flips_of_check on flips ("check", at);
         subject = f"check:{check['uuid']}"
         name = name_of_check(check)
         if check["status"] != "down":
-            for kind in ("failed", "overdue"):
+            for kind in ("failed", "down"):
                 self.alerts.clear_alert(db, subject, kind,
                                         f"{name} is {check['status']}")
         elif reason == "fail":
@@ -12693,7 +12694,7 @@ create index flips_of_check on flips ("check", at);
                 f"{name} reported a failure"))
         else:
             self.alerts.raise_alert(db, Alert(
-                subject, "overdue", at, f"{name} is overdue",
+                subject, "down", at, f"{name} is down",
                 f"{name} {reason}"))
 
     def check_deadline(self, db: Database, key: int, now: float) -> None:
@@ -13874,7 +13875,7 @@ class AlertRules:
         db.update("hosts", {"down": 1, "seen": status.seen},
                   id=status.number)
         self.alerts.raise_alert(db, Alert(
-            f"host:{host}", "silent", status.seen, f"{row['name']} is down",
+            f"host:{host}", "down", status.seen, f"{row['name']} is down",
             f"{row['name']} was last seen at {format_rfc3339(status.seen)}. "
             "The state of its jobs is unknown until it is back."))
         self.changes.after_commit(lambda: setattr(status, "is_down", True))
@@ -13886,7 +13887,7 @@ class AlertRules:
                    now: float) -> None:
         """End the alert of a host that syncs again, and check its jobs
         when it had time to send what happened."""
-        self.alerts.clear_alert(db, f"host:{status.host}", "silent",
+        self.alerts.clear_alert(db, f"host:{status.host}", "down",
                                 f"{name} is back")
         self.changes.after_commit(lambda: vars(status).update(
             is_down=False, up_since=now))
@@ -14858,7 +14859,7 @@ LONGEST_BAR = 30 * DAY_SECONDS
 ALERT_STATES = ("failed", "late", "missed", "unknown")
 BADGES = {"ok": "#2a8a3e", "up": "#2a8a3e", "running": "#2a8a3e",
           "new": "#77777a", "paused": "#77777a", "skipped": "#77777a",
-          "unknown": "#77777a", "late": "#b87800", "grace": "#b87800",
+          "unknown": "#77777a", "late": "#b87800",
           "missed": "#b87800", "failed": "#c32b2b", "down": "#c32b2b"}
 METRICS = {     # name -> help
     "koi_build_info": "1; the label has the version of koi.",
@@ -14882,7 +14883,7 @@ METRICS = {     # name -> help
     "koi_http_long_polls": "Open requests that wait for changes.",
     "koi_certificate_expiry_timestamp_seconds":
         "End of the dashboard's certificate."}
-WORST_FIRST = ("down", "failed", "missed", "late", "grace", "unknown",
+WORST_FIRST = ("down", "failed", "missed", "late", "unknown",
                "running", "ok", "up", "skipped", "paused", "new")
 
 
@@ -15222,7 +15223,8 @@ REPOSITORIES = (AuditLog, Credentials, Alerts, PingChecks, Hosts, Runs,
                 Requests, HostSync)
 # 5: a key that was made from the passphrase to read all becomes an access
 # token. 6: the sums of bytes by host are kept. 7: so is the number of runs;
-# notifications have a source.
+# notifications have a source. 8: a host or a check that is down has one kind
+# of alert.
 MIGRATIONS = {5: """
 alter table dashboard rename to old;
 create table dashboard (
@@ -15249,9 +15251,9 @@ insert into usage select host, sum({BYTES_OF_RUN.format("runs")}), count(*)
 alter table notifications add column source text not null default '';
 alter table notifications add column left_out integer not null default 0;
 create index notifications_of_source on notifications (channel, source);
-"""}
+""", 8: "update alerts set kind = 'down' where kind in ('silent', 'overdue');"}
 DASHBOARD_FORM = DatabaseForm(
-    "a koi dashboard", 0x6B6F6932, 8,
+    "a koi dashboard", 0x6B6F6932, 9,
     checked=("meta", "dashboard", "tokens", "hosts", "epochs", "jobs",
              "requests", "checks", "alerts", "snoozes", "channels",
              "notifications"),
@@ -19523,12 +19525,11 @@ PAGE_JS = r""""use strict";
 const STATES = {    // state -> the word, and a rank: the worst first
   failed: ["failed", 0], down: ["down", 0], duplicate: ["duplicate", 0],
   missed: ["missed", 1],
-  late: ["late", 2], grace: ["late", 2], unknown: ["unknown", 4],
+  late: ["late", 2], unknown: ["unknown", 4],
   running: ["running", 3], started: ["running", 3], skipped: ["skipped", 5],
   new: ["new", 6], paused: ["paused", 6], ok: ["ok", 7], up: ["ok", 7],
 };
-const BAD = new Set(["failed", "down", "duplicate", "missed", "late",
-  "grace"]);
+const BAD = new Set(["failed", "down", "duplicate", "missed", "late"]);
 
 const OUTCOMES = {  // outcome code of a run -> its word
   o: "ok", f: "failed", k: "killed", m: "missed", s: "skipped",
@@ -19607,7 +19608,7 @@ const ICONS = {     // drawn on 16 x 16; each state has its own shape
   run: ["M5 3.2v9.6L12.6 8z"], search: ["M7 2.5a4.5 4.5 0 1 0 .01 0z",
     "M10.4 10.4L14 14"], left: ["M10 3L5 8l5 5"], right: ["M6 3l5 5-5 5"],
 };
-const SHAPES = { down: "failed", duplicate: "late", grace: "late",
+const SHAPES = { down: "failed", duplicate: "late",
   started: "running", up: "ok" };
 
 // Returns the icon of a state or a button.
@@ -21363,8 +21364,9 @@ const alertWords = (one) => alertsAbout(one).map(shortAlert).join("; ");
 function whyLine(one) {
   const words = one.failing ? failingWords(one) : [el("span", {},
     isHost(one) ? hostWords(one) : alertWords(one) || { missed:
-      "Its last start was missed.", late: "It should have started by now.",
-    grace: "The ping is late." }[one.state])];
+      "Its last start was missed.", late: isCheck(one)
+        ? "The ping is late." : "It should have started by now."
+    }[one.state])];
   const { last } = one, more = phone.matches && one.failing && last ? [
     menuItem("Output", "", () => go(`run/${last.id}`)), menuItem(
       "Diff with last good", "", () => go(`run/${last.id}?diff`))] : [];
@@ -21451,7 +21453,7 @@ const STATE_FILTERS = [     // its name, its word, whether a thing fits
   ["failed", "Failed", (one) => Boolean(one.failing) || !isHost(one)
     && isState("failed", "down")(one)],
   ["missed", "Missed", isState("missed")],
-  ["late", "Late", isState("late", "grace")],
+  ["late", "Late", isState("late")],
   ["running", "Running", (one) => one.running?.length || one.started],
   ["unknown", "Unknown", isState("unknown")],
   ["snoozed", "Snoozed", isSnoozed],
@@ -24153,8 +24155,7 @@ function alertsView(place, root) {
 }
 
 const ALERT_STATES = { failed: "failed", late: "late", missed: "missed",
-  slow: "late", fast: "late", certificate: "late", silent: "failed",
-  overdue: "failed" };
+  slow: "late", fast: "late", certificate: "late", down: "failed" };
 
 // Returns what an alert is about: {one, name, href, where, host}.
 function aboutAlert({ subject }) {
@@ -24202,7 +24203,7 @@ function alertItem(alert) {
   const { one, name, href, where, host } = aboutAlert(alert);
   const text = shortAlert(alert), { line } = one?.failing || {};
   return el("li", {}, stateMark(ALERT_STATES[alert.kind] || "unknown",
-    alert.kind === "silent" ? "down" : alert.kind),
+    alert.kind),
   el("div", { class: "what" }, link(href, name), " ", muted(where),
     el("div", { text }), line && !text.includes(visible(line)) && el("pre",
       { text: visible(line) })), muted("since ", dateNode(alert.since, host)),
@@ -28304,16 +28305,15 @@ WHAT RAISES AN ALERT
   fast
       A good run took less than a fifth of the 5th percentile of the last good
       runs, once there are 20: perhaps it did nothing.
-  silent
-      A host was not heard from for 90 seconds: it is down.
+  down
+      A host was not heard from for 90 seconds. A check was not pinged in time,
+      ran too long, or started too late.
   certificate
       A certificate of the dashboard expires within 14 days: its own, or the
       one that a host gets, maybe from a proxy. It ends when one of the hosts
       that got this certificate gets a later one, or when all of them have left
       the dashboard. A host that is down keeps it, because the certificate may
       be the cause: remove a host that does not come back.
-  overdue
-      A check was not pinged in time, ran too long, or started too late.
 
 `elsewhere` counts as good: another host of the group ran the job.
 
@@ -28674,7 +28674,7 @@ The fields of each object:
   check
       id, name, slug, tags, desc, kind, period, grace, schedule, tz, words,
       state, started, last_ping, last_duration, next, n. kind is simple or
-      cron; state is new, up, grace, down or paused.
+      cron; state is new, up, late, down or paused.
   alert
       subject, kind, since, text. subject is host:ID, job:ID or check:ID.
   ping
@@ -29499,7 +29499,7 @@ The page, badges and the API show these states:
       not reported yet.
   unknown
       A job whose host is down.
-  up, grace, down, paused
+  up, late, down, paused
       A check: pinged in time; late but within its grace time; late, or a
       failure was reported; not monitored.
   up, down, left, duplicate

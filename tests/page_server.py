@@ -247,7 +247,7 @@ class World:
         if self.hosts[job["host"]]["state"] == "down":
             job["state"], job["failing"] = "unknown", None
             self.alerts.pop(f"job:{job['id']}\nfailed", None)
-            self.alert(f"host:{job['host']}", "silent", self.now - 800,
+            self.alert(f"host:{job['host']}", "down", self.now - 800,
                        "not heard for 13 min; its jobs may run, or not")
 
     def alert(self, subject, kind, since, text):
@@ -294,7 +294,7 @@ class World:
         for number, (name, state, words, kind) in enumerate((
                 ("Laptop backup", "up", "Every day", "simple"),
                 ("NAS scrub", "down", "Every 7 days", "simple"),
-                ("Payroll export", "grace", "At 06:00", "cron"),
+                ("Payroll export", "late", "At 06:00", "cron"),
                 ("New thing", "new", "Every hour", "simple"),
                 ("Old printer", "paused", "Every hour", "simple"))):
             ident = f"{number:08x}-0000-4000-8000-{number:012x}"
@@ -314,7 +314,7 @@ class World:
                            "f" if n == 11 else "o"] for n in range(30)]
                 if last else []}
             if state == "down":
-                self.alert(f"check:{ident}", "overdue", self.now - 7200,
+                self.alert(f"check:{ident}", "down", self.now - 7200,
                            "no ping for 8 days")
 
     def make_well(self):

@@ -314,8 +314,8 @@ def test_recent_runs_of_a_check_have_their_results(dashboard, check):
 
 @pytest.mark.parametrize("fields, story", [
     # what happens -> (seconds later, state)
-    ({}, [("success", 0, "up"), (None, DAY - 1, "up"), (None, 1, "grace"),
-          (None, HOUR - 1, "grace"), (None, 1, "down"),
+    ({}, [("success", 0, "up"), (None, DAY - 1, "up"), (None, 1, "late"),
+          (None, HOUR - 1, "late"), (None, 1, "down"),
           ("success", 0, "up")]),
     ({}, [("fail", 0, "down"), (None, 9 * DAY, "down"),
           ("success", 1, "up")]),
@@ -323,19 +323,19 @@ def test_recent_runs_of_a_check_have_their_results(dashboard, check):
           ("success", 9, "up")]),
     ({}, [("success", 0, "up"), ("start", DAY / 2, "up"),
           (None, HOUR, "down")]),
-    ({}, [("success", 0, "up"), ("start", DAY + 60, "grace"),
-          (None, HOUR - 61, "grace"), (None, 2, "down")]),
+    ({}, [("success", 0, "up"), ("start", DAY + 60, "late"),
+          (None, HOUR - 61, "late"), (None, 2, "down")]),
     ({}, [("log", 0, "new"), (None, 99 * DAY, "new")]),
-    ({"period": 60, "grace": 60}, [("success", 0, "up"), (None, 119, "grace"),
+    ({"period": 60, "grace": 60}, [("success", 0, "up"), (None, 119, "late"),
                                    (None, 1, "down")]),
     # its own limit for the start: the run may last as long as it may
     ({"start_within": 600, "run_limit": 6 * HOUR}, [
-        ("success", 0, "up"), (None, DAY + 599, "grace"), (None, 1, "down")]),
+        ("success", 0, "up"), (None, DAY + 599, "late"), (None, 1, "down")]),
     ({"start_within": 600, "run_limit": 6 * HOUR}, [
         ("success", 0, "up"), ("start", DAY + 500, "up"),
         (None, 6 * HOUR - 1, "up"), (None, 1, "down")]),
     ({"run_limit": 600}, [
-        ("success", 0, "up"), (None, DAY + HOUR - 1, "grace"),
+        ("success", 0, "up"), (None, DAY + HOUR - 1, "late"),
         (None, 1, "down")]),
     ({"run_limit": 600}, [("start", 0, "new"), (None, 599, "new"),
                           (None, 1, "down")]),
@@ -378,7 +378,7 @@ def test_downtime_of_the_dashboard_does_not_count_for_deadlines(dashboard,
     reopened.clock.time += DAY              # and once more
     reopened = reopened.reopen()
     assert is_down(DAY - 1) == []
-    assert is_down(1) == ["Backup is overdue"]
+    assert is_down(1) == ["Backup is down"]
     assert reopened.state["checks"][0]["state"] == "down"
 
 
@@ -392,7 +392,7 @@ def test_downtime_of_the_dashboard_does_not_expire_an_open_start(
     reopened.pass_time(HOUR - 1)
     assert reopened.take_notifications() == []
     reopened.pass_time(1)
-    assert reopened.take_notifications() == ["Backup is overdue"]
+    assert reopened.take_notifications() == ["Backup is down"]
 
 
 def utc(text: str) -> float:
@@ -423,7 +423,7 @@ def test_cron_check_is_due_in_the_time_of_its_zone(
     assert shown(dashboard)["next"] == (expected and utc(expected))
     if expected:
         dashboard.pass_time(utc(expected) + HOUR - 1 - dashboard.now)
-        assert shown(dashboard)["state"] == "grace"
+        assert shown(dashboard)["state"] == "late"
         dashboard.pass_time(1)
         assert shown(dashboard)["state"] == "down"
     else:

@@ -314,7 +314,7 @@ def test_host_that_is_down_has_one_alert_and_its_jobs_are_unknown(
     for _ in range(50):
         dashboard.pass_time(100)
     assert dashboard.take_notifications() == [] and kinds(dashboard) == [
-        "silent"]
+        "down"]
     dashboard.sync(web1)
     assert dashboard.take_notifications() == ["web1 is back"]
     assert dashboard.job()["state"] == "running"
@@ -383,8 +383,8 @@ def test_check_is_notified_when_it_is_down_and_when_it_is_up_again(dashboard):
                          NOW)["id"]
     dashboard.ping(check)
     dashboard.pass_time(DAY + HOUR)
-    assert dashboard.take_notifications() == ["Sync is overdue"] and kinds(
-        dashboard) == ["overdue"]
+    assert dashboard.take_notifications() == ["Sync is down"] and kinds(
+        dashboard) == ["down"]
     dashboard.pass_time(DAY)
     dashboard.ping(check)
     assert dashboard.take_notifications() == ["Sync is up"] and kinds(
@@ -423,7 +423,7 @@ def test_alerts_end_when_their_host_is_removed(dashboard, web1):
     dashboard.runs(web1, dashboard.record(exit=1))
     dashboard.pass_time(100)
     assert sorted(open_alerts(dashboard)) == [
-        (f"host:{HOST}", "silent"), ("job:1", "failed")]
+        (f"host:{HOST}", "down"), ("job:1", "failed")]
     dashboard.do(dashboard.dashboard.retention.delete, {"host": HOST},
                  dashboard.now)
     assert open_alerts(dashboard) == [] and kinds(dashboard) == []
@@ -497,7 +497,7 @@ def test_host_is_down_after_as_many_seconds_as_are_set(dashboard, web1):
     dashboard.pass_time(599)
     assert kinds(dashboard) == []
     dashboard.pass_time(2)
-    assert kinds(dashboard) == ["silent"]
+    assert kinds(dashboard) == ["down"]
 
 
 def test_host_that_is_down_by_a_new_setting_alerts_at_once(dashboard, web1):
@@ -506,7 +506,7 @@ def test_host_that_is_down_by_a_new_setting_alerts_at_once(dashboard, web1):
     assert kinds(dashboard) == []
     change_settings(dashboard, host_down=600)
     dashboard.pass_time(1)
-    assert kinds(dashboard) == ["silent"]
+    assert kinds(dashboard) == ["down"]
 
 
 def test_settings_of_two_requests_at_once_are_both_kept(dashboard):
@@ -585,10 +585,10 @@ def test_expired_certificate_alerts_until_its_host_gets_another(dashboard,
     assert "web2 gets" in dashboard.state["alerts"][0]["text"]
     own_certificate(dashboard, NOW + 90 * DAY)
     alive(dashboard, web1, HOUR + 100)
-    assert kinds(dashboard) == ["certificate", "silent"]
+    assert kinds(dashboard) == ["certificate", "down"]
     dashboard = dashboard.reopen()
     alive(dashboard, web1, HOUR + 100)
-    assert kinds(dashboard) == ["certificate", "silent"]
+    assert kinds(dashboard) == ["certificate", "down"]
     dashboard.sync(web2, certificate_expires=NOW + 90 * DAY)
     dashboard.pass_time(1)
     assert kinds(dashboard) == []
@@ -607,7 +607,7 @@ def test_renewed_certificate_ends_the_alert_though_one_host_is_off(dashboard,
     alive(dashboard, web1, 200)
     dashboard.sync(web1, certificate_expires=NOW + 90 * DAY)
     dashboard.pass_time(1)
-    assert kinds(dashboard) == ["silent"]
+    assert kinds(dashboard) == ["down"]
 
 
 def test_alert_of_a_certificate_ends_when_its_host_is_removed(dashboard,
@@ -736,7 +736,7 @@ def test_job_without_an_alert_cannot_be_snoozed_until_well(dashboard, web1):
 
 @pytest.mark.parametrize("until", [
     NOW + HOUR, koitab.format_rfc3339(NOW + HOUR, 0),
-    koitab.format_rfc3339(NOW + HOUR, 7200), "2027-01-15t09:00:00.25z"])
+    koitab.format_rfc3339(NOW + HOUR, 7200), "2027-01-15t09:00:00.0z"])
 def test_end_of_a_snooze_is_given_in_seconds_or_as_rfc_3339(
         dashboard, web1, until):
     snooze_until(dashboard, until)
@@ -776,3 +776,14 @@ def test_snoozed_check_is_in_the_audit_without_its_uuid(dashboard):
 def test_unknown_subject_cannot_be_snoozed(dashboard, web1, subject):
     with refused(404):
         snooze(dashboard, subject, 60)
+
+
+def test_alerts_of_schema_8_get_their_present_kind(dashboard, web1):
+    dashboard.pass_time(200)
+    assert kinds(dashboard) == ["down"]
+    dashboard.dashboard.db.connection.executescript(
+        "update alerts set kind = 'silent'; pragma user_version=8;")
+    after = dashboard.reopen()
+    assert kinds(after) == ["down"]
+    after.sync(web1)
+    assert kinds(after) == []

@@ -289,7 +289,7 @@ def test_headline_chip_title_and_badge_count_the_same(page, stand_in):
     world = stand_in.world
     jobs = sum(job["state"] in ("failed", "missed")
                for job in world.jobs.values())
-    checks = sum(check["state"] in ("down", "grace")
+    checks = sum(check["state"] in ("down", "late")
                  for check in world.checks.values())
     page.wait("document.querySelector('h1').textContent.endsWith("
               f"'{jobs} jobs, {checks} checks and 1 host need attention.')")
