@@ -17580,13 +17580,16 @@ class AccessRules:
     def enter(self, context: RequestContext) -> None:
         """Count the requests that are answered for one token, or without one
         for one network: none may use up all memory, readers, or the writer's
-        time. A ping is too short for that. Raises Error."""
+        time. Pings without a body are too short for that, others are counted
+        by what they ping. Raises Error."""
         whose = context.principal
         client = (whose.role, whose.host, whose.name) if whose else (
             "", context.connection.network or context.network)
         most = MOST_OF_HOST if client[0] == "host" else MOST_OF_CLIENT
         if context.route.handler is receive_ping:
-            return
+            if not (context.request.length or context.request.chunked):
+                return
+            client = "", f"ping {context.values[0]}"
         if whose:
             context.connection.client = client
         share = self.shares.setdefault(client, ClientShare())

@@ -121,6 +121,25 @@ def test_clients_that_send_bodies_slowly_make_room_for_others(tmp_path):
         assert found.ask("GET", "/healthz").body == b"OK"
 
 
+def test_pings_with_bodies_to_one_check_are_bounded(tmp_path):
+    """Each may be a megabyte, and local clients have no other limit."""
+    with contextlib.ExitStack() as stack, DashboardProcess(
+            tmp_path, patch="k.MOST_OF_CLIENT = 3") as found:
+        found.set_up()
+        mine = found.add_check()
+        other = found.ask("POST", "/api/v1/checks", {"name": "other"},
+                          OPERATOR_TOKEN).json["id"]
+        for _ in range(3):
+            client = stack.enter_context(found.client())
+            client.send(encode_request(
+                found.port, "POST", f"/ping/{mine}", Content_Length=1_000_000,
+                Expect="100-continue"))
+            assert client.head()[0] == 100
+        assert found.ask("POST", f"/ping/{mine}", b"x").status == 503
+        assert found.ask("GET", f"/ping/{mine}").status == 200
+        assert found.ask("POST", f"/ping/{other}", b"x").status == 200
+
+
 LARGE_STATE = """
 k.MOST_OF_CLIENT = 3
 state = k.Dashboard.state
