@@ -19027,7 +19027,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .row, .heads {
   display: grid; gap: 3px 14px; align-items: center;
   grid-template-columns: 90px minmax(130px, 1.3fr) minmax(110px, 1fr) 172px
-    240px 60px 92px 68px;
+    240px 60px 92px 76px;
 }
 .row { min-height: 38px; padding: 3px 12px; background: var(--card);
   border: 1px solid var(--line); border-top-width: 0; }
@@ -19104,6 +19104,7 @@ h1.s-failed, h1.s-late, h1.s-missed, h1.s-running { font-weight: 620; }
 .day { background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; padding: 6px 0 10px; }
 .day h2 { padding: 12px 12px 4px; }
+.day .waits { padding: 4px 12px; }
 .dayrow { display: grid; grid-template-columns: 200px 1fr;
   align-items: center; min-height: 26px; content-visibility: auto;
   contain-intrinsic-size: auto 26px; }
@@ -19398,17 +19399,17 @@ dialog > * + * { margin-top: 12px; }
 /* Narrower: columns go, the order stays */
 @media (min-width: 1360px) {
   .row, .heads { grid-template-columns: 90px minmax(140px, 1.3fr)
-    minmax(110px, 1fr) 172px 360px 60px 92px 72px; }
+    minmax(110px, 1fr) 172px 360px 60px 92px 76px; }
 }
 @media (max-width: 1180px) {
   .row, .heads { grid-template-columns: 90px minmax(130px, 1fr) 172px 240px
-    92px 68px; }
+    92px 76px; }
   .c-words, .c-spark { display: none; }
   .lock span, #connection span { display: none; }
 }
 @media (max-width: 940px) {
   .row, .heads { grid-template-columns: 90px minmax(110px, 1fr) 172px 240px
-    68px; }
+    76px; }
   .c-next { display: none; }
 }
 @media (max-width: 899px) {
@@ -23600,7 +23601,7 @@ class Day {
       name])], dayFilter.host);
     this.chips = DAY_FILTERS.map(([name, words]) => button([el("b"), words],
       () => set("state", dayFilter.state === name ? "" : name),
-      { class: "btn chip", "data-state": name }));
+      { class: "btn chip", "data-state": name, hidden: true }));
     return el("div", { class: "toolbar" }, text, hosts.length > 1 && host,
       el("div", { class: "chips", role: "group",
         "aria-label": "Filter by what happened" }, this.chips), legend());

@@ -161,12 +161,12 @@ def take_readme_pictures() -> None:
         browser.size(*SIZE)
         browser.open(server.url, page_server.PASSWORD)
         shown = "document.querySelector('main').innerText.length > 200"
-        take(browser, "jobs", "#/jobs", shown)
+        take(browser, "jobs", "#/jobs", "document.querySelector('.row')")
         take(browser, "run", f"#/run/{world.colours}",
              "document.querySelectorAll('.line, .block').length > 0")
         take(browser, "form", f"#/job/{world.every_type}/run",
              "document.querySelector('main form') !== null")
-        take(browser, "day", "#/day", shown)
+        take(browser, "day", "#/day", "document.querySelector('.dayrow')")
         browser.media(prefers_color_scheme="dark")
         take(browser, "dark", "#/jobs", shown)
         browser.media(prefers_color_scheme="light")
