@@ -500,8 +500,7 @@ def check(found: dict) -> Verdict:
                 wrong.append(f"{host} has no record of {job} of {due}")
         if not where and not reasons:
             wrong.append(f"nobody says why {job} of {due} was not executed")
-        lost = any("stopped before" in row["reason"]
-                   or "claimed too late" in row["reason"] for row in reasons)
+        lost = is_lost(found, due, rows)
         fair = is_fair(found, due)
         counts["fair"] += fair
         if not where and not lost and fair:
@@ -509,8 +508,7 @@ def check(found: dict) -> Verdict:
             wrong.append(f"{job} of {due} was not executed, and nothing "
                          f"hindered it: {rows}")
         for host, at in where * fair:
-            if any(host == which for *_, which in faults_near(
-                    found, due, at)):
+            if has_fault(found, host, due, at):
                 continue
             counts["fair, latest"] = max(counts["fair, latest"],
                                          round(at - due, 1))
@@ -531,6 +529,24 @@ def covers(row: dict, job: str, due: float) -> bool:
     """Is this the record of a start? One row may count several."""
     return row["job"] == job and (row["due"] == due or row["count"] > 1
                                   and row["due"] <= due)
+
+
+def is_lost(found: dict, due: float, rows: dict[str, list]) -> bool:
+    """Was a start recorded in etcd by a host that failed after that? Such a
+    host says so. It cannot know it if another one has made a later start
+    before it looks; but then the others say that it made this one."""
+    reasons = {host: " ".join(row["reason"] for row in each
+                              if row["state"] != "elsewhere")
+               for host, each in rows.items()}
+    states = [row["state"] for each in rows.values() for row in each]
+    return any("stopped before" in reason or "claimed too late" in reason
+               or "later start" in reason and states.count("elsewhere") == len(
+                   rows) - 1 and has_fault(found, host, due, due + MINUTE)
+               for host, reason in reasons.items())
+
+
+def has_fault(found: dict, which: str, begin: float, end: float) -> bool:
+    return which in [each for *_, each in faults_near(found, begin, end)]
 
 
 def faults_near(found: dict, begin: float, end: float) -> list[tuple]:

@@ -218,11 +218,12 @@ def test_koid_without_etcd_refuses_a_job_of_a_group(koi):
 DUE = 6000
 
 
-def verdict(executed=(("a", 1, DUE + 1),), events=(), **states: str) -> list:
+def verdict(executed=(("a", 1, DUE + 1),), events=(), why: str = "it says why",
+            **states: str) -> list:
     """What the checker finds wrong with one start of two hosts: `states` are
-    those of their records, by host."""
+    those of their records, by host, and `why` is the reason of all."""
     hosts = {host: [{"run": 1, "job": "J", "due": DUE, "state": state,
-                     "reason": "it says why", "count": 1,
+                     "reason": why, "count": 1,
                      "trigger": "schedule"}]
              for host, state in {"a": "done", "b": "elsewhere",
                                  **states}.items() if state}
@@ -250,6 +251,17 @@ def test_checker_requires_a_start_within_a_minute_unless_a_fault_excuses_it(
     late = verdict([("b", 1, DUE + 61)], events, a="elsewhere", b="done")
     assert [bool(missed), bool(late)] == [not excused] * 2
     assert verdict([("b", 1, DUE + 59)], events) == []
+
+
+@pytest.mark.parametrize("fault, excused", [
+    ((DUE + 1, DUE + 50, "killed", "b"), True),
+    ((DUE + 1, DUE + 50, "killed", "a"), False)], ids=["its own", "another"])
+def test_checker_excuses_a_start_whose_maker_cannot_know_that_it_made_it(
+        fault, excused):
+    """The others say that it did, and its own record names a later start."""
+    found = verdict([], [fault], a="elsewhere", b="missed",
+                    why="a has made a later start: X")
+    assert (found == []) == excused
 
 
 @pytest.mark.parametrize("found, wrong", [

@@ -248,6 +248,21 @@ def test_start_without_etcd_is_missed_until_etcd_names_the_host_that_ran_it(
         ("elsewhere", maker.name)], 60, "the record to be corrected")
 
 
+def test_host_whose_clock_is_ahead_is_named_by_those_that_it_stops(group):
+    host, ahead = group.single(2).with_tab([EACH_MINUTE]).hosts
+    ahead.start(skew=86_400)
+    support.wait_until(group.executed, 60, "a start of tomorrow")
+    ahead.koi.stop()
+    host.start()
+    support.wait_until(host.koi.answers)
+    support.wait_until(lambda: "missed" in [
+        row["state"] for row in host.rows()], 60, "a missed start")
+    assert {row["reason"][:48] for row in host.rows()
+            if row["state"] == "missed"} == {
+        "b has made a later start: 2026-11-23T13:01 Europ"}
+    assert len(group.executed()) == 1
+
+
 def test_etcd_that_is_not_there_when_koid_starts_is_a_problem_until_it_is(
         group):
     host, = group.single(1).with_tab([EACH_MINUTE]).hosts
