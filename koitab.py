@@ -17205,7 +17205,7 @@ class HttpServer:
         if not self.warned:
             self.warned = True
             self.log(f"warning: {peer} sends requests without a valid "
-                     "X-Forwarded-For (a proxy must set it: see README)")
+                     "X-Forwarded-For (koitab help dashboard)")
 
     def forget(self, connection: HttpConnection) -> None:
         """A connection has ended."""

@@ -654,8 +654,8 @@ class ConfigObject(FrozenRecord):
     """An object of the configuration; its keys are its fields.
 
     A row of `keys` gives the type of a key, its default and its meaning.
-    None as a default is "not set"; `dump` leaves such a key out. README.md
-    has a row for each key, and a test compares them.
+    None as a default is "not set"; `dump` leaves such a key out. The topic
+    `config` has each key.
     """
 
     keys: dict = {}

@@ -453,7 +453,7 @@ That was mission and koi. Next:
     mission run                 runs it by hand; --headless from crontab
     koid &                      koi's daemon (README: a unit for systemd)
     koitab -e                   edits your tab, as crontab -e
-    koitab dashboard            the dashboard; koitab -d new links up with it
+    koitab -d new               the dashboard, which koid runs
 README.md has the rest; nothing of this demo is left behind.""")
     return 0 if fine else 1
 
