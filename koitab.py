@@ -9405,8 +9405,8 @@ class EtcdSettings(FrozenRecord):
                             "--etcd-insecure, for tests", EXIT_USAGE)
         for one, other in (("cert", "key"), ("user", "password")):
             if bool(getattr(self, one)) != bool(getattr(self, other)):
-                raise Error(f"--etcd-{one} needs the option for its {other}, "
-                            "and the reverse", "", EXIT_USAGE)
+                raise Error(f"the options of etcd for its {one} and {other} "
+                            "are only valid together", "", EXIT_USAGE)
         self.read()
 
     def read(self) -> dict:
@@ -29669,7 +29669,7 @@ CHOICE_LINES = {
 # What people type who know other programs -> how koitab says it.
 OTHER_WORDS = {
     "list": "-l", "show": "-l", "edit": "-e", "rm": "-r", "remove": "-r",
-    "delete": "-r", "logs": "log", "version": "-V", "start": "daemon",
+    "delete": "-r", "logs": "log", "start": "daemon",
     "test": "-T FILE", "install": "FILE", "jobs": "next", "join": "-d join"}
 
 
@@ -29759,6 +29759,12 @@ def command_man(_options: Invocation, topic: str = "") -> int:
     print(manual_page(f"{PROG}-{topic}", 7, TOPICS[topic][0],
                       topic_text(topic)) if topic else
           manual_page(PROG, 1, TITLE, manual_text()), end="")
+    return EXIT_OK
+
+
+def command_version(_options: Invocation) -> int:
+    """koitab version."""
+    print(PROG, VERSION)
     return EXIT_OK
 
 
@@ -29998,6 +30004,11 @@ COMMANDS = {    # by the first word, or by the option that stands for it
         """koitab source
         koitab source Plan
         koitab source daemon""", "security"),
+    "version": Command(
+        command_version, SETUP, "print the version", ("",), (),
+        "Prints the name and the version, as --version does.",
+        """koitab version
+        ssh web1 koitab version""", "files"),
 }
 # Options that stand for a command. crontab(1) permits one of them at a time.
 OPERATION_KEYS = ("edit", "list", "remove", "test", "action")
@@ -30016,14 +30027,14 @@ def synopsis(name: str, usage: str) -> str:
 
 def overview() -> str:
     """Return the text of `koitab --help`: at most 24 lines. The options of
-    crontab(1) share one."""
+    crontab(1) share one; version is left out."""
     import textwrap
     rows, group = [], ""
     for name, command in COMMANDS.items():
         typed, text = usage_line(name).partition(" ")[2], command.help
         if name == "-e":
             typed, text = "-e, -l, -r, -T FILE", "edit, list, remove, test it"
-        elif command.group == CRONTAB and name != "-":
+        elif name == "version" or command.group == CRONTAB and name != "-":
             continue
         heading = command.group if command.group != group else ""
         group = command.group
