@@ -168,7 +168,7 @@ WRONG = {   # what is changed -> a word of the reason
     "wrong int": ({"args": {"To": "x", "Times": "0x10", "Loud": "true"}},
                   "whole number"),
     "wrong bool": ({"args": {"To": "x", "Times": "1", "Loud": "True"}},
-                   "bool is"),
+                   "expected true or false"),
     "control": ({"args": {"To": "x\x1b", "Times": "1", "Loud": "true"}},
                 "control character"),
     "too long": ({"args": {"To": "x" * 4097, "Times": "1", "Loud": "true"}},
@@ -186,7 +186,7 @@ def test_mismatched_signed_request_is_refused_with_the_reason(
         assert result["state"] == "refused", what
         assert word in result["reason"], (what, result)
         assert result["run"] is None
-    for name, word in (("Backup", "@manual"), ("Terminal", "terminal")):
+    for name, word in (("Backup", "@manual"), ("Terminal", "koitab run")):
         result = ask(dashboard, request_for(dashboard.specs()[name]))
         assert result["state"] == "refused" and word in result["reason"]
     assert linked.history() == []
