@@ -1243,7 +1243,7 @@ LONGEST_COMMAND = 131_071   # bytes; Linux's limit for one argument
 LONGEST_NAME = 100
 LONGEST_VALUE, LONGEST_TEXT = 4096, 65_536      # bytes of an argument
 MOST_PARAMS = 64
-MOST_COMPARED = 10_000      # names, to find those that are alike
+MOST_COMPARED = 10_000      # pairs of names that are compared for a hint
 LONGEST_DATES = 2_500       # characters of KOI_SKIP: descriptions show it
 DEEPEST_SHELL = 50          # levels; Python's own stack has about 1,000
 BLANKS = " \t"
@@ -1320,7 +1320,7 @@ class Job(FrozenRecord):
     settings: Settings
     unlogged: bool = False          # a line that begins with "-"
     mail_failures: bool = False     # a command that begins with "-n "
-    apart: tuple = ()       # tells it from an equal one: see told_apart
+    apart: tuple = ()       # number among equal lines: see told_apart
     after: tuple = ()       # the identity of the job that @after names
     assignments: str = ""   # a checksum of `environment`
     about: str = ""         # the comment directly above it, in one line
@@ -1371,7 +1371,7 @@ def short_hash(identity: str) -> str:
     """Return the first 12 hexadecimal digits of a text's SHA-256; "" if
     Python was upgraded under a running koid."""
     try:
-        from hashlib import sha256  # costs 3 MB, which an idle koid saves
+        from hashlib import sha256  # saves 3 MB in an idle koid
     except ImportError:
         return ""
     return sha256(identity.encode("utf-8", "surrogateescape")
@@ -1571,9 +1571,9 @@ class Lexer:
         self.text, self.at, self.depth = text, 0, 0
         self.names = names
         self.found: list[Placeholder] = []
-        self.ignored: list[tuple[int, str]] = []    # where, and why
+        self.ignored: list[tuple[int, str]] = []    # (offset, reason)
         self.words: list[tuple[str, bool]] = []     # word, begins a command
-        self.place_to_end = ""      # a place that lasts to the end
+        self.place_to_end = ""      # the place of all that follows
         self.may_close = True       # there may be a }} ahead
         self.has_case = False       # there was a `case`
         self.in_array = False       # inside V=(..)
@@ -2187,7 +2187,7 @@ class TabReader:
                         job.line, self.columns[job.line], "odd job",
                         f"this job never starts, because {short(job.leader)} "
                         "only runs by hand", fatal=False))
-        for job in valid:       # it grows; a cycle is never reached
+        for job in valid:       # `valid` grows; a cycle is never reached
             valid += [each.replace(after=job.identity())
                       for each in followers.get(job.identity(), ())]
         lines = {job.line for job in valid}
@@ -3126,7 +3126,7 @@ class RunFileHeader:
         head, first, second = (
             data[begin:begin + length] for begin, length
             in zip(SEGMENTS, self.lengths()))
-        if self.segment == 1:   # it is overwritten, so the second is older
+        if self.segment == 1:   # the present one is overwritten
             return head, second, first
         return head, first, second
 
@@ -3655,7 +3655,7 @@ class Machine:
             return None
         if os.geteuid():
             return Account(name, entry.pw_uid, os.getegid(), entry.pw_dir, [])
-        # macOS takes 16 groups, and gives many users more.
+        # setgroups() of macOS accepts 16 groups; many users have more.
         groups = os.getgrouplist(name, entry.pw_gid)
         groups.sort(key=lambda gid: gid != entry.pw_gid)
         return Account(name, entry.pw_uid, entry.pw_gid, entry.pw_dir,
@@ -4125,7 +4125,7 @@ def is_in_namespace(pid: str) -> bool:
     try:
         return os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink(
             "/proc/self/ns/mnt")
-    except PermissionError:         # another user's
+    except PermissionError:         # another user listens there
         return True
 
 
@@ -4139,7 +4139,7 @@ def sysctl(name: str) -> str:
         if ctypes.CDLL(None).sysctlbyname(name.encode(), value, ctypes.byref(
                 size), None, ctypes.c_size_t(0)):
             return ""
-    except AttributeError:      # Linux does not have it
+    except AttributeError:      # Linux has no such call
         return ""
     return value.raw[:size.value].rstrip(b"\0").hex()
 
@@ -4593,17 +4593,17 @@ def create_private(path: str) -> None:
 # ==========================================================================
 # RunStore: where are the runs of this host kept?               (files; R C)
 #
-# One database, written by koid alone. When it cannot be written the jobs go
-# on: the statements wait in memory.
+# One database, written by koid alone. When it cannot be written, the jobs
+# continue and the statements wait in memory.
 # ==========================================================================
 
-LARGEST = 2**62                 # what SQLite can count
+LARGEST = 2**62                 # SQLite's largest integer
 MOST_WAITING = 50_000           # statements that wait for a full disk
 MOST_UNSENT = 10_000            # runs that are kept for a dashboard
 BYTES_OF_HISTORY = 2**28        # of a user who does not run koid
-PART_OF_DISK = 20               # and at most this part of the file system
+PART_OF_DISK = 20               # 1/N of the file system at most
 ROW_BYTES = 300                 # of a run without output, about
-NONCES_KEPT, NONCES_FOR = 10_000, 8 * DAY   # the rest goes when it is older
+NONCES_KEPT, NONCES_FOR = 10_000, 8 * DAY   # older runs are removed
 HISTORY_FORM = DatabaseForm(
     "a koi history", 0x6B6F6931, 3, checked=("meta", "jobs", "runs"),
     pragmas=("cache_size=-256",), tables="""
@@ -4672,7 +4672,7 @@ class RunStore:
     def __init__(self, path: str, writing: bool = True):
         self.path, self.writing = path, writing
         self.problem = ""               # why nothing can be written
-        self.broken = False             # the disk failed: start anew
+        self.broken = False             # the database must be opened again
         self.waiting: list[tuple] = []  # (statement, values) not written yet
         self.keys: dict[tuple, int] = {}    # (user, identity) -> id in jobs
         self.pauses: dict[tuple, int] = {}
@@ -4680,7 +4680,7 @@ class RunStore:
         self.change = 0
         self.sent: int | None = None
         self.used: dict[str, int] = {}  # user -> bytes, as far as charged
-        self.share = BYTES_OF_HISTORY   # of one user, in bytes
+        self.share = BYTES_OF_HISTORY   # bytes that one user may use
         self.db = Database(path, HISTORY_FORM if writing else
                            HISTORY_FORM.replace(checked=()))
 
@@ -4741,7 +4741,7 @@ class RunStore:
                     self.db.execute(statement, *values)
         except sqlite3.DatabaseError as error:
             return self.on_write_error(error)
-        except Exception:       # a value that SQLite cannot take: ours
+        except Exception:       # a value that SQLite cannot store: a bug
             del self.waiting[len(self.waiting) - len(statements):]
             raise
         self.waiting.clear()
@@ -5157,7 +5157,7 @@ class SupervisedRun:
             try:
                 os.pwrite(self.file, self.header.pack(), 0)
             except OSError:
-                pass            # the next one may be written again
+                pass            # the next frame may fit again
 
     def on_output(self, stream: int, data: bytes) -> None:
         """Keep some output of the job; b"" is the end of a stream."""
@@ -5189,7 +5189,7 @@ class SupervisedRun:
                 os.pwrite(self.file, frame(stream, since, part),
                           SEGMENTS[header.segment] + used)
             except OSError:
-                header.lost += len(part)    # no space: the end still counts
+                header.lost += len(part)   # no space: the end is still written
                 continue
             self.payload[header.segment] += len(part)
             self.set_length(used + FRAME.size + len(part))
@@ -5266,11 +5266,11 @@ class SupervisedRun:
             try:
                 os.killpg(self.pid, number)
             except OSError:
-                pass            # it has just ended, or became another user
+                pass            # it has just ended, or runs as another user
         elif self.pid:
             end_group(self.pid, number)
         else:
-            self.give_up = 0.0  # it could not be started yet, and will not
+            self.give_up = 0.0  # not started yet, and never will be
 
     def escalate_kill(self, now: float) -> None:
         """End a job whose time is up: TERM, and KILL ten seconds later."""
@@ -5337,7 +5337,7 @@ def start_session(words: list[bytes], environment: dict,
 
 def input_file(data: bytes) -> int:
     """Return a descriptor from which a process reads `data`."""
-    if len(data) <= PIPE_ROOM:      # else the write could wait for ever
+    if len(data) <= PIPE_ROOM:      # else the write could block forever
         given, end = os.pipe()
         os.write(end, data)
         os.close(end)
@@ -5384,7 +5384,7 @@ class Supervisor:
         if self.run and not self.run.finished:
             self.start()
         os.chdir("/")
-        self.close_run()        # perhaps it could not be started
+        self.close_run()        # perhaps the job could not be started
         while self.poller.handlers or self.run or self.reports:
             self.run_once()
 
@@ -5453,7 +5453,7 @@ class Supervisor:
         run = self.run
         try:
             run.start(self.nothing)
-        except Exception as error:      # whatever it is, it did not start
+        except Exception as error:      # so the job did not start
             now = time.monotonic()
             if getattr(error, "errno", 0) in AGAIN and now < run.give_up:
                 run.again = now + 1
@@ -5688,7 +5688,7 @@ def fork_supervisor(*arguments) -> int:
         syslog.syslog(syslog.LOG_CRON | syslog.LOG_ERR,
                       f"koid: a supervisor failed: {bug!r}")
     finally:
-        os._exit(EXIT_BUG)      # it may never return into koid's code
+        os._exit(EXIT_BUG)      # the child must never return into koid's code
 
 
 def run_file(home: str, run: int, most: int = -1) -> bytes:
@@ -5728,7 +5728,7 @@ def read_stable_file(home: str, run: int) -> tuple[bytes,
             return b"", None
         if (before.segment, before.lost) == (after.segment, after.lost):
             return data, before
-    before.first = before.second = 0    # it writes too fast: the head alone
+    before.first = before.second = 0    # read the head only
     return data, before
 
 
@@ -6327,18 +6327,18 @@ class QueuedRun:
 
     def __init__(self, scheduled: ScheduledJob, trigger: str, due: float,
                  requested: float):
-        self.run = 0            # its number, once it has a row
+        self.run = 0            # number of the run, once it has a row
         self.scheduled, self.trigger = scheduled, trigger
-        self.content = scheduled.content    # when it was asked for
+        self.content = scheduled.content    # when it was requested
         self.due, self.requested, self.attempt = due, requested, 1
         self.values: dict[str, str] = {
             param.name: param.default or "" for param in scheduled.job.params}
         self.by_hand = trigger == "manual"  # it, or what it is a retry of
-        self.at = 0.0           # ticks before which it does not start
-        self.connection = None  # a socket: `koitab run` waits there
+        self.at = 0.0           # ticks: the run starts no earlier
+        self.connection = None  # socket on which `koitab run` waits
         self.waits_for_previous = False
         self.announced = False  # `koitab run` has its number
-        self.full_since = 0.0   # ticks: no process could be started
+        self.full_since = 0.0   # ticks of the first failed fork
         self.nonce = ""         # of the request that asks for it
         self.claim = ""         # of a group's start: see name_claim
         self.claimed = False    # this host is to make it
@@ -6738,7 +6738,7 @@ class CronMail:
                 try:
                     os.killpg(pid, signal.SIGKILL)
                 except OSError:
-                    pass            # it ends just now
+                    pass            # the mailer is about to end
         for user in list(self.queues) * MAILERS_OF_ONE:
             of_user = [each for each in self.mailers.values()
                        if each[1] == user]
@@ -7102,7 +7102,7 @@ class Scheduler:
         key, count = (*scheduled.key, row["reason"]), row["count"]
         zone = self.registry.zones.get(scheduled.settings.zone, UTC)
         today = local_day(zone, row["due"])
-        if key not in self.held:        # the koid before us may have a row
+        if key not in self.held:    # the previous koid may have recorded a row
             for run in self.store.runs(
                     "r.job = ? and r.state = 'skipped' and r.reason = ? "
                     "order by r.id desc limit 1",
@@ -7328,7 +7328,7 @@ class Scheduler:
         except BlockingIOError:
             return
         for run, status in REPORT.iter_unpack(data):
-            if status == NO_FILE:   # or it would pass for one not begun
+            if status == NO_FILE:   # else it would count as not begun
                 self.write([self.store.update(run, reason=NO_FILE_REASON)])
             else:
                 self.end(run, status)
@@ -7345,7 +7345,7 @@ class Scheduler:
         running = self.running.get(self.supervisors.pop(pid, 0))
         if running and self.has_ended(running):
             self.end(running.run)
-        elif running:       # the koid before us had started it already
+        elif running:       # the previous koid had started it already
             running.supervisor, self.check_at = 0, 0.0
 
     def check(self, now: float) -> None:
@@ -7506,7 +7506,7 @@ class Scheduler:
                 or last.attempt > scheduled.settings.retry:
             return None
         if not running.supervisor and has_secret(scheduled.job):
-            return None         # only the koid before us had it
+            return None         # only the previous koid had it
         wait = min(RETRY_FIRST * 2 ** min(last.attempt - 1, 10),
                    RETRY_LONGEST)
         queued = QueuedRun(scheduled, "retry", self.clock.now() + wait,
@@ -7538,7 +7538,7 @@ class Scheduler:
         except OSError:
             header = None
         if not header or header.phase == CLAIMED:
-            running.kill_at = now + 0.05     # it has not begun yet
+            running.kill_at = now + 0.05     # the run has not begun yet
             return
         self.machine.signal_job(header, running.kill)
         running.kill_at = now + KILL_AFTER if running.kill == signal.SIGTERM \
@@ -7663,13 +7663,13 @@ class Scheduler:
     def may_still_start(self, row: dict, queued: QueuedRun) -> bool:
         """Is it soon enough to begin a run that koid had no time to begin?"""
         if has_secret(queued.scheduled.job):
-            return False        # its secrets were kept nowhere
+            return False        # its secrets were not stored
         if row["state"] == "queued":
             return row["trigger"] != "manual" \
                 or self.clock.now() - queued.requested < LONG_ENOUGH
         if was_rebooted(self.machine, self.store) \
                 or row["reason"] == NO_FILE_REASON:
-            return False        # its file did perhaps not reach the disk
+            return False        # its file may not have reached the disk
         waited = self.clock.now() - (row["started"] or 0.0)
         return waited < (TRY_FOR if row["trigger"] == "schedule"
                          else LONG_ENOUGH)
@@ -8140,7 +8140,7 @@ class ControlServer:
                 return self.close_connection(connection)
             if rests:
                 connection.deadline = rests + REQUEST_TIME
-                return self.poller.modify(fd, 0)        # until `check`
+                return self.poller.modify(fd, 0)        # `check` ends them
             if connection.caller.uid in self.served:
                 return          # poll() reports the request again at once
             alive = lines.receive()
@@ -8473,7 +8473,7 @@ class AgentProcess:
     """
     name, longest = "agent", LONGEST_MESSAGE
     peer, main, sections = "dashboard", "run_agent", AGENT_SECTIONS
-    one_at_a_time = True    # it waits for a reply before it asks again
+    one_at_a_time = True    # no request while one is open
 
     def __init__(self, machine: Machine, log: DaemonLog, poller: Poller,
                  answer):
@@ -8483,7 +8483,7 @@ class AgentProcess:
         self.pid, self.lines = 0, None      # a LineConnection
         self.start_at, self.pause = FOREVER, RESTART_FIRST  # ticks; seconds
         self.started = self.heard = 0.0     # ticks; of its last request
-        self.problem = ""                   # why there is none
+        self.problem = ""                   # why there is no agent
         self.kill_reason = ""               # why koid killed it
 
     def load_program(self) -> None:
@@ -8657,13 +8657,13 @@ class AgentBroker:
                                     self.answer)
         self.verifier: RequestVerifier | None = None
         self.last_change_sent = -1
-        self.problems: dict[str, str] = {}  # what the agent says of itself
+        self.problems: dict[str, str] = {}  # as the agent reports it
         # A connection of the agent's -> (what is wrong, its next try).
         self.failures: dict[str, tuple[str, float]] = {}
         self.down_since = 0.0
         self.cursors: dict[int, OutputCursor] = {}
         self.listed: tuple | None = None        # body, MAC, SHA-256
-        self.cut_users: set[str] = set()    # of whose jobs it lacks some
+        self.cut_users: set[str] = set()    # users with left-out jobs
         self.scheduled_jobs: dict[tuple, ScheduledJob] = {}
         self.logged: dict[str, float] = {}      # about what -> ticks
 
@@ -8989,7 +8989,7 @@ class RequestVerifier:
         except (RequestRejected, Error) as why:
             if used is None and not self.store.problem \
                     and fields["exp"] > self.clock.now() * 1000:
-                # For good: or it would run when the reason has passed.
+                # Or the request could run once the reason has passed.
                 self.scheduler.write(self.store.record_nonce(
                     nonce, self.clock.now(), 0))
             return self.refuse(nonce, str(why))
@@ -9181,8 +9181,8 @@ class EmbeddedDashboard(AgentProcess):
         self.home, self.db = home, f"{home}-dashboard/dashboard.db"
         self.port, self.listeners, self.is_ready = 0, [], False
         self.socket = ""                    # the path of the Unix socket
-        self.reported = ""                  # why it ends, as it says
-        self.uid = -1                       # who it runs as
+        self.reported = ""                  # the last line that it wrote
+        self.uid = -1                       # the account that it runs as
         self.mailers: set[int] = set()      # pids
         self.mailed: list[float] = []       # ticks, of the last hour
         self.logged: list[float] = []       # of the last LOG_AGAIN seconds
@@ -9212,7 +9212,7 @@ class EmbeddedDashboard(AgentProcess):
         wanted = (self.port,) if self.port else (
             ROOT_PORT,) if os.geteuid() == 0 else (USER_PORT, 0)
         for port in wanted:
-            try:    # who has the port has the other socket, too
+            try:    # the owner of the port owns the other socket as well
                 sock = socket.create_server(("127.0.0.1", port),
                                             backlog=DASHBOARD_BACKLOG)
                 port = sock.getsockname()[1]
@@ -9238,7 +9238,7 @@ class EmbeddedDashboard(AgentProcess):
                 raise OSError(errno.EADDRINUSE, error.message) from None
         self.uid = account.uid if account else os.geteuid()
         make_directory_of(self.uid, posixpath.dirname(self.db))
-        self.program = open(__file__, "rb")     # as it is now
+        self.program = open(__file__, "rb")     # the program's present text
 
     def execute(self, connection: int, account: Account | None) -> None:
         """In the child: become the dashboard, or exit."""
@@ -9278,7 +9278,7 @@ class EmbeddedDashboard(AgentProcess):
 
     def ended(self, status: int, wanted: bool = True) -> None:
         """The process has ended; start it again."""
-        super().ended(status, wanted)       # it logs that
+        super().ended(status, wanted)       # the process has logged why
         self.problem, self.reported = self.reported or self.problem, ""
         self.log.problems["embedded"] = self.problem
 
@@ -9374,7 +9374,7 @@ class EmbeddedDashboard(AgentProcess):
 CLAIM_SECTIONS = (*AGENT_SECTIONS, "Claims")
 CLAIM_TIME = 60.0           # seconds after which a start is not claimed
 LAST_LOOK = 5.0             # more, in which etcd may say who made it
-LOOK_AGAIN = 60.0           # seconds: the clocks of other hosts may be slow
+LOOK_AGAIN = 60.0          # seconds by which clocks of other hosts may be slow
 STARTS_AT_ONCE = 20         # in a transaction: etcd takes 60, but koid may die
                             # after it, and lose them
 LONGEST_PEM = 60_000        # bytes; it has to fit into a pipe
@@ -9559,7 +9559,7 @@ class ClaimBroker:
     def take(self, claim: Claim, last: dict) -> list[tuple]:
         """Take what etcd has as the last start of a job. Return statements."""
         queued, start = claim.queued, last.get("start", "")
-        if start < claim.start:     # nobody has made it yet
+        if start < claim.start:     # no host has made this start yet
             is_over, claim.look_at = claim.look_at, \
                 self.clock.ticks() + LOOK_AGAIN
             return self.end(claim, "", "") if is_over and not queued else []
@@ -9665,7 +9665,7 @@ class Daemon:
                                     "then checks the history")
                 except Error:
                     raise
-                except Exception as bug:    # ours; the other jobs go on
+                except Exception as bug:    # a bug; the other jobs continue
                     self.survive(bug)
         finally:
             self.close()
@@ -9752,8 +9752,8 @@ class Daemon:
     def close(self) -> None:
         """Leave; the jobs and their supervisors stay."""
         notify_manager("STOPPING=1")
-        signal.signal(signal.SIGIO, signal.SIG_IGN)     # Python would die
-        signal.setitimer(signal.ITIMER_REAL, 0)         # and by SIGALRM
+        signal.signal(signal.SIGIO, signal.SIG_IGN)     # SIGIO would end koid
+        signal.setitimer(signal.ITIMER_REAL, 0)         # and so does SIGALRM
         self.broker.process.stop()
         self.embedded.end()
         if self.groups:
@@ -9773,7 +9773,7 @@ class Daemon:
     def run_once(self) -> None:
         """Sleep until something happens; then do what is due first."""
         timeout = self.poll_timeout()
-        if timeout > 0:     # poll alone may be late by a thousandth
+        if timeout > 0:     # poll() may return 1 ms late
             signal.setitimer(signal.ITIMER_REAL, timeout / 1000)
         ready = self.poller.wait(timeout)
         self.take_signals()
@@ -9820,7 +9820,7 @@ class Daemon:
             pass
         came = [number for number in self.signals if self.signals[number]]
         for number in came:
-            self.signals[number] = False    # the next one counts anew
+            self.signals[number] = False    # the next read counts from 0
         if signal.SIGTERM in came or signal.SIGINT in came:
             self.stopping = True
         if signal.SIGHUP in came:
@@ -9858,7 +9858,7 @@ class Daemon:
         try:
             os.read(fd, 8)
         except OSError:
-            pass                # ECANCELED: that is the news
+            pass                # ECANCELED: the clock was set
         self.machine.rearm_timer(fd)
 
     # --- tabs
@@ -10185,7 +10185,7 @@ MOST_REQUESTS = 100         # in one answer
 MOST_RESULTS = 5_000        # of requests, that wait to be sent
 RESULTS_AT_ONCE = 200       # in one payload; a dashboard takes 1,000
 TRIES_OF_ONE = 3            # for a record that the dashboard does not take
-LARGEST_CHANGE = 2**62      # what SQLite can count
+LARGEST_CHANGE = 2**62      # SQLite's largest integer
 SYNC_PATH = "/api/v1/sync"
 # Accepted by koi's own programs: JSON with times in seconds since 1970.
 SECONDS_JSON = "application/vnd.koi+json"
@@ -10233,7 +10233,7 @@ def only_writers(directory: str) -> set[int]:
     absolute path without links, or replace a directory above it: root's and
     its owner's. The set is empty if others can. Raises OSError."""
     writers = {0, os.stat(directory).st_uid}
-    path, sticky = directory, 0     # above it, a sticky directory protects
+    path, sticky = directory, 0     # a sticky directory above protects it
     while True:
         facts = os.stat(path)
         if facts.st_uid not in writers \
@@ -10426,18 +10426,18 @@ class SyncAgent:
         self.koid, self.settings = koid, settings
         self.facts = settings["facts"]      # about the host, as koid has them
         self.state = Condition()
-        self.news = True                    # koid has something new
+        self.news = True                    # koid has records to send
         self.acked: int | None = None       # last change that the dashboard
         # has; None: it must be asked
         self.missing_output: list[list[int]] = []   # (run, bytes it has)
         self.followed: dict[int, int] = {}  # run -> bytes that it has
         self.results: dict[str, dict] = {}  # by nonce: not sent yet
-        self.successes = 0                  # of both threads
+        self.successes = 0                  # guards what both threads use
         self.list_sha = ""                  # SHA-256 of the list it has
         self.certificate: float | None = None   # when it expires
         self.most = MOST_RECORDS
-        self.tries, self.skipped = 0, 0     # of a record it does not take
-        self.records_only = False           # leave out all that can wait
+        self.tries, self.skipped = 0, 0     # attempts with one record
+        self.records_only = False           # send records only
 
     def start(self) -> None:
         """Start the threads that talk to the dashboard."""
@@ -10479,7 +10479,7 @@ class SyncAgent:
                           problem=problem[:500], retry=wait)
             with self.state:
                 if problem:
-                    self.acked = None       # ask again what it has
+                    self.acked = None     # ask the dashboard again what it has
                 else:
                     self.successes += 1
                 self.state.notify_all()
@@ -10921,7 +10921,7 @@ def run_claims() -> None:
 # ==========================================================================
 
 LARGEST_TIME = 2**40            # seconds since 1970: the year 36812
-LARGEST_WHOLE = 2**53 - 1       # what JavaScript can count
+LARGEST_WHOLE = 2**53 - 1       # JavaScript's largest exact integer
 MISSING = object()
 
 
@@ -11570,7 +11570,7 @@ DIGEST_WINDOW = 600.0           # seconds; then one digest each DIGEST_PAUSE
 LEFT_WAITING = 200              # of a source for a channel; more are counted
 DIGEST_PAUSE = CHECK_PAUSE = 60.0   # and one change of a check each minute
 MOST_IN_DIGEST, LINES_OF_DIGEST = 1_000, 50
-UNTIL_WELL = LARGEST_TIME       # a snooze ends with its subject's last alert
+UNTIL_WELL = LARGEST_TIME       # until the subject's last alert ends
 SMTP_PORTS = {"starttls": 587, "tls": 465, "none": 25}      # RFC 8314
 CHANNEL_OPTIONS = {             # kind of a channel -> what it may have
     "mail": ("from",), "webhook": ("headers", "body"), "ntfy": (),
@@ -12965,7 +12965,7 @@ create index flips_of_check on flips ("check", at);
 # ==========================================================================
 
 MOST_JOBS, MOST_HOSTS, LONGEST_HOST_LIST = 10_000, 5_000, 8 * 2**20
-JOBS_OF_HOST = 500              # that are shown, without --jobs
+JOBS_OF_HOST = 500              # jobs of a host that are shown, without --jobs
 LABEL_BYTES = 1024              # of a label and of a command, as shown
 DUPLICATE_SHOWN = 600.0         # seconds after its last refused sync
 
@@ -12979,11 +12979,11 @@ class HostStatus:
 
     def __init__(self, row: dict, now: float):
         self.number, self.host = row["id"], row["host"]
-        self.seen = row["seen"]             # the last sync; None: none yet
+        self.seen = row["seen"]      # time of the last sync; None: no sync yet
         self.stored_seen = row["seen"] or 0.0   # what the database has
         self.is_down = bool(row["down"])
         self.loaded = self.up_since = now
-        self.duplicate_at = 0.0             # when another one was refused
+        self.duplicate_at = 0.0    # when another koid with this ID was refused
         self.left_out = 0                   # jobs of its list: see --jobs
         # When the certificate that it gets from us expires, as it reports.
         self.certificate: float | None = None
@@ -13737,10 +13737,10 @@ create table unindexed (run integer primary key);
 # ==========================================================================
 # AlertRules: when does a host or a job raise an alert?           (files; U)
 #
-# A job is late, slow, suspiciously fast, missed or failed, a host is down,
-# the dashboard's certificate expires soon.
-# No alert is raised for what happened while the dashboard was down, and of
-# a host that is down its jobs raise nothing: what they do is unknown.
+# A job is late, slow, unusually fast, missed or failed, a host is down, the
+# dashboard's certificate expires soon. No alert is raised for what happened
+# while the dashboard was down. The jobs of a host that is down raise none,
+# because their state is unknown.
 # ==========================================================================
 
 HOST_DOWN_AFTER = 90.0          # seconds without a sync: three long polls
@@ -14293,9 +14293,9 @@ create index requests_by_time on requests (at);
 # ==========================================================================
 # HostSync: what does a host send, and get back?                  (files; U)
 #
-# Nothing that comes twice is kept twice, and what comes late changes nothing
-# back. `acked` in the answer is committed when the host reads it, so a lost
-# answer costs a repeat, never a record.
+# What comes twice is kept once, and a late message undoes nothing. `acked` in
+# the answer is committed when the host reads it, so a lost answer costs a
+# repeat, never a record.
 # ==========================================================================
 
 RECORDS_AT_ONCE, MOST_OUTPUTS = 1_000, 200
@@ -14428,7 +14428,7 @@ create table epochs (host integer not null, epoch integer not null,
         """Return what a host says of itself as columns. Raises Error."""
         skew = now - request.number("now", now)
         if abs(skew - row["skew"]) < 1:
-            skew = row["skew"]          # the way here takes its time too
+            skew = row["skew"]      # the request may have taken long to arrive
         problems = [str(each)[:500] for each in request.get(
             "problems", list, [])[:20] if is_text(str(each))]
         return {"instance": request.text("instance", 100), "skew": skew,
@@ -14666,7 +14666,7 @@ class Search:
             data = output_text(data)
             text = re.sub(STRIPPED, "", (secrets.hide(data) if secrets else
                                          data).decode("utf-8", "replace"))
-            # Small letters are found ten times as fast as those of any case.
+            # Text in lower case is searched ten times as fast.
             match = wanted.lower() in text.lower() and re.search(
                 re.escape(wanted), text, re.I)
             if match:
@@ -14682,8 +14682,8 @@ class Search:
 # ==========================================================================
 # Retention: what is removed, and when?                           (files; U)
 #
-# By count and age, and what people have deleted. In small steps, so that
-# what waits to be written never waits long.
+# By count and age, and what people have deleted: in small steps, so that
+# other writes never wait long.
 # ==========================================================================
 
 KEEP_RUNS = 10_000              # of one job
@@ -14853,7 +14853,7 @@ class Retention:
 # its own. Nothing here writes.
 # ==========================================================================
 
-MOST_BARS = 6_000               # in one answer about a day
+MOST_BARS = 6_000               # runs in one answer about a day
 LEAST_STEP = 0.05               # of a day; so far an answer goes at least
 LONGEST_BAR = 30 * DAY_SECONDS
 ALERT_STATES = ("failed", "late", "missed", "unknown")
@@ -15209,12 +15209,12 @@ class Overview:
 # the disk; then what changed is published.
 # ==========================================================================
 
-MOST_IN_BATCH = 256             # operations that are written together
-MOST_OPERATIONS = 20_000            # then the next are refused
+MOST_IN_BATCH = 256             # operations in one transaction
+MOST_OPERATIONS = 20_000            # operations that wait; more are refused
 FOUNDING = ".founding"          # ending of the file of the founding token
 BALLAST = 2**21                 # twice the log: given up when the disk is full
-MOST_MARKED = 2_000             # changes; more and the page reads all anew
-SEEN_STORED = 60.0              # seconds between notes of who was seen
+MOST_MARKED = 2_000        # changes; beyond it the page reads everything again
+SEEN_STORED = 60.0             # seconds between writes of when hosts were seen
 INDEX_PAUSE = 5.0               # seconds from a write to the index of outputs
 WRITER_SLEEP = 60.0             # seconds: then a clock that was set is noticed
 # After these no other operation of the transaction can be trusted.
@@ -15558,7 +15558,7 @@ class Dashboard:
         while not self.broken:
             try:
                 busy = self.run_once()
-            except Exception as bug:    # better to begin anew than to hang
+            except Exception as bug:    # restart rather than hang
                 self.broken = f"internal error (please report): {bug!r}"
                 break
             with self.wakes:
@@ -15567,7 +15567,7 @@ class Dashboard:
                 if not self.queue and not busy:
                     self.wakes.wait(min(max(self.pause(), 0.01),
                                         WRITER_SLEEP))
-        with self.wakes:        # from now on `write` refuses by itself
+        with self.wakes:        # from now on `write` refuses all operations
             rest = list(self.queue)
             self.queue.clear()
         self.report(rest, [(None, Error(self.broken, "", 503))] * len(rest))
@@ -15754,7 +15754,7 @@ class Dashboard:
 
     def on_disk_full(self) -> None:
         """Give up the ballast: SQLite needs room even to remove things."""
-        if self.full:           # and even a chore needed more than there is
+        if self.full:           # even a chore ran out of space
             return
         self.full = True
         self.problems["full"] = "the dashboard's disk is full: nothing new " \
@@ -15868,7 +15868,7 @@ class KoidLink:
         import queue
         with self.mailing:
             while not self.replies.empty():
-                self.replies.get()      # it came too late for its mail
+                self.replies.get()    # koid's answer came after the time limit
             self.send(op="mail", mail=mail)
             try:
                 return self.replies.get(timeout=2 * SEND_SECONDS)["error"]
@@ -15942,7 +15942,7 @@ class Notifier:
                 self.busy.add(due)
                 try:
                     thread.start()
-                except RuntimeError:    # this host lets us start none now
+                except RuntimeError:    # this host cannot start a thread now
                     self.busy.discard(due)
                     break
                 threads.append(thread)
@@ -15984,7 +15984,7 @@ class Notifier:
                 "mail": self.send_mail, "webhook": self.send_webhook,
                 "ntfy": self.send_ntfy, "smtp": self.send_smtp}[
                     notification["way"]](notification)
-        except Exception as failure:    # of any kind: it is repeated
+        except Exception as failure:  # any other bug: the delivery is repeated
             code, words = smtp_reply(failure)
             error = f"the mail server answered {code} {words}" if code \
                 else failure_words(failure)
@@ -16405,7 +16405,7 @@ def parse_body(body: bytes) -> dict:
 
     def finite(text: str) -> float:
         number = float(text)
-        if number - number:         # infinity
+        if number - number:         # beyond the range of a float
             raise ValueError
         return number
 
@@ -16759,7 +16759,7 @@ class HttpConnection:
         Return whether another may follow. Raises ConnectionClosed, OSError,
         TimeoutError.
         """
-        self.unread = 1             # a faulty head has no known end
+        self.unread = 1             # the end of a faulty head is unknown
         request = None
         try:
             if not self.buffer and not await self.receive(wait):
@@ -16909,7 +16909,7 @@ class HttpConnection:
         finally:
             for task in tasks:
                 task.cancel()
-            # Or asyncio complains that nobody has seen their exceptions.
+            # Or asyncio warns about exceptions that were never retrieved.
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def until_closed(self) -> None:
@@ -17064,7 +17064,7 @@ def shown_certificate(context, path: str) -> tuple[float, bytes]:
         try:
             side.do_handshake()
         except ssl.SSLWantReadError:
-            pass                        # it is the other side's turn
+            pass                        # the handshake waits for the client
     return (float(ssl.cert_time_to_seconds(client.getpeercert()["notAfter"])),
             client.getpeercert(binary_form=True))
 
@@ -17307,7 +17307,7 @@ MOST_NETWORKS = 10_000                  # that LoginThrottle remembers
 HTML, BYTES = "text/html; charset=utf-8", "application/octet-stream"
 EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
 NDJSON = "application/x-ndjson; charset=utf-8"
-START_OVER = b'{"reset":true}\n'             # read all anew
+START_OVER = b'{"reset":true}\n'        # tells a page to read everything again
 # What the page may do: run its own script, ask this server.
 PAGE_POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; "
@@ -17458,7 +17458,7 @@ class LoginThrottle:
             since, count = now, 0
         self.misses[network] = since, count + 1
         if len(self.misses) > MOST_NETWORKS:
-            del self.misses[next(iter(self.misses))]    # the oldest
+            del self.misses[next(iter(self.misses))]    # the oldest entry
         return int(since + MISS_TIME - now) + 1 if count >= MISSES else 0
 
 
@@ -17797,7 +17797,7 @@ class Api:
         context = RequestContext(request, connection)
         try:
             response = await self.handle(context, request, connection)
-        except BaseException:       # it is cancelled, too
+        except BaseException:       # cancels the handler as well
             self.rules.uncount(context)
             raise
         response.headers += context.cors
@@ -18015,7 +18015,7 @@ class Api:
     def change_stream(self) -> ChangeStream:
         """Return the changes, which are kept from now on."""
         was_followed = self.is_followed()
-        # First this: the writer may publish a change right now.
+        # This comes first: the writer may publish a change at any moment.
         self.changes.until = self.loop.time() + FEED_TIME
         if not was_followed:
             self.changes.clear(self.dashboard.seq)
@@ -18243,7 +18243,7 @@ async def follow_changes(api: Api, context: RequestContext) -> Response:
         with LongPoll(api.followers, ("changes",)) as poll:
             while not poll.ended:
                 lines = stream.since(seq, context.principal.role)
-                if lines is START_OVER:     # many make the page read once
+                if lines is START_OVER:  # many changes make the page read once
                     await asyncio.sleep(reset_at - api.loop.time())
                     reset_at = api.loop.time() + RESET_PAUSE
                 seq = stream.newest if lines is START_OVER else max(
@@ -18719,7 +18719,7 @@ def page_policy_of(text: str) -> str:
     return PAGE_POLICY.format(script=hashes("script"), style=hashes("style"))
 
 
-# The names that shields.io has for colours.
+# Colours by the names of shields.io.
 COLOURS = {"brightgreen": "#2e7d32", "green": "#2e7d32", "red": "#c62828",
            "orange": "#b25000", "yellow": "#8a6d00", "blue": "#1565c0"}
 CHARACTER_WIDTH = 6.6   # pixels, of Verdana at 11 px, on the average
@@ -24882,8 +24882,8 @@ def print_field(word: str, lines: list[str]) -> None:
 # gives   install, the commands -e, -l, -r and -T; select_tabs, next_starts
 # needs   DaemonClient, parse_tab, match_jobs, Invocation
 #
-# What crontab(1) knows works here as it does there: its messages and its
-# exit status. koid installs the tab, and judges it again.
+# The options of crontab(1) work as they do there, with its messages and exit
+# statuses. koid checks a tab again when it installs it.
 # ==========================================================================
 
 EDITORS = ("sensible-editor", "vi", "nano")
@@ -25249,7 +25249,7 @@ def next_starts(job: Job, zones: dict, after: int, many: int,
 # here go to the job. All of it asks koid and does nothing to jobs itself.
 # ==========================================================================
 
-SIGNALS_PASSED_ON = 2   # the next one ends koitab, and the job continues
+SIGNALS_PASSED_ON = 2   # one more ends koitab, and the job continues
 LONGEST_INPUT = 2**20   # bytes that ARG=- reads; koid takes less
 RESTART_TIME = 10.0     # seconds that koid may be away
 PAGE_OF_RUNS = 500      # a reply of koid's has so many at most
@@ -25409,7 +25409,7 @@ class OutputPrinter:
         self.decoders = {stream: decoder("backslashreplace") for stream in (
             STDOUT, STDERR) if not raw and os.isatty(stream)}
         self.held = dict.fromkeys(self.decoders, "")
-        self.endings = dict(self.held)      # what `flush` adds to the output
+        self.endings = dict(self.held)      # which `flush` adds
 
     def write(self, stream: int, data: bytes) -> None:
         """Print a frame. STDOUT and STDERR are descriptors, too."""
@@ -26245,7 +26245,7 @@ def founding_token(options: Invocation, client: DashboardClient) -> str:
         return read_secret_line("Founding token (the dashboard's log says "
                                 "in which file): ", "founding token")
     except ConnectionFailed:
-        pass                            # the request with the keys says why
+        pass                     # the request with the keys fails and says why
     return token
 
 
@@ -26261,7 +26261,7 @@ def find_founding_token(options: Invocation, client: DashboardClient) -> str:
     home = options.machine.state_directory()
     paths = [LENT_DB, f"{home}-dashboard/dashboard.db", f"{home}/dashboard.db"]
     users = listening_users(client.port)
-    if 0 in users:      # root opened the socket of a dashboard, perhaps
+    if 0 in users:      # perhaps koid opened the socket for a dashboard
         account = options.machine.account(DASHBOARD_ACCOUNT)
         users.add(account.uid if account else DASHBOARD_UID)
     paths += [f"{account.pw_dir}/.local/state/koi/dashboard.db"
@@ -26638,7 +26638,7 @@ class RemoteRun:
             headers, data = self.fetch(run, at, "&wait=10")
             if data is None or headers.get("X-Koi-Live") != "1" \
                     or headers.get("X-Koi-From", str(at)) != str(at):
-                return              # it has ended, or this reader was too slow
+                return         # the run has ended, or this reader was too slow
             self.print_piece(at, data)
             at += len(data)
 
@@ -26884,7 +26884,7 @@ class Importer:
         line = line[:len(line) - len(job.command)] + command
         if job.user in ("", self.owner):
             if job.unlogged and self.owner != "root":
-                line = line.replace("-", "", 1)     # root alone may say it
+                line = line.replace("-", "", 1)     # only root may use it
             self.jobs.append((len(self.lines), source.section, job))
             self.lines.append(line)
             return self.owner
@@ -27193,7 +27193,7 @@ def command_dashboard(options: Invocation) -> int:
                         lambda text: log_dashboard(options, text))
     finally:
         for path in sockets:
-            remove(path)        # fails where root made it
+            remove(path)        # it fails if root made the directory
     return EXIT_OK
 
 
@@ -27436,7 +27436,7 @@ def dashboard_unit(options: Invocation, command: list[str]) -> str:
     if sys.platform == "darwin":
         return plist(words, {}, "koi-dashboard")
     line, lines = unit_command(words), ""
-    if lent:        # the key may be root's alone: systemd hands it over
+    if lent:        # only root may read the key: systemd passes it on
         lines = LENT.format(
             capabilities="CAP_NET_BIND_SERVICE" if low else "") + "".join(
                 f"LoadCredential={name}:{path}\n" for name, path in files)
@@ -30151,7 +30151,7 @@ def select_command(options: Invocation,
         name = OPTIONS[operations[0]].names[0]
         value = getattr(options, operations[0])
         if operations == ["action"] and value == "off":
-            value = "leave"     # its name before koi 1.0
+            value = "leave"     # its former name
         return name, [value, *words] if isinstance(value, str) else words
     if options.called == "koid":
         return "daemon", words[words[:1] == ["daemon"]:]
