@@ -55,7 +55,7 @@ SECONDS = {
     "test_koitab_link.py": 14, "test_mission_processes.py": 13,
     "test_mission_files.py": 13, "test_koid_dashboard.py": 13,
     "test_dashboard_kills.py": 12, "test_dashboard_engines.py": 20,
-    "test_koitab_hub.py": 10, "test_koitab_crontab.py": 10,
+    "test_koitab_dashboard.py": 10, "test_koitab_crontab.py": 10,
     "test_typical_mistakes.py": 20,
 }
 

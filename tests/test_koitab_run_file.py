@@ -1,4 +1,4 @@
-"""Record: frames, headers, what is kept of an output, and masked secrets."""
+"""RunFile: frames, headers, the stored part of an output, masked secrets."""
 
 from __future__ import annotations
 

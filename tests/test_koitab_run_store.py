@@ -1,4 +1,4 @@
-"""Store: a history that a power cut, a full disk and damage can not hurt."""
+"""RunStore: the history survives a power cut, a full disk and damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What koid answers, and to whom: requests, callers, arguments, files."""
+"""Jobs and ControlSocket: requests, callers, arguments, trusted files."""
 
 from __future__ import annotations
 
