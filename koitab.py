@@ -9582,7 +9582,7 @@ class ClaimBroker:
 
     def end(self, claim: Claim, state: str, reason: str) -> list[tuple]:
         """Return the statements that record why a start is not made here;
-        one that was missed stays so unless another host has made it."""
+        one that was missed stays so unless etcd has a record of it."""
         store, queued = self.scheduler.store, claim.queued
         if queued:
             return self.scheduler.drop(queued, reason, state) + store.prune(
@@ -9590,7 +9590,7 @@ class ClaimBroker:
         del self.claims[claim.run]
         return store.set_claim(claim.run) + [
             store.update(claim.run, state=state, reason=reason)
-            ] * (state == "elsewhere")
+            ] * (state in ("elsewhere", "interrupted"))
 
 
 # ==========================================================================

@@ -121,10 +121,11 @@ def test_host_that_was_down_catches_up_only_what_no_host_made(group):
     assert len(group.executed()) == 2
 
 
-def fail_at(group: Group, point: str, number: int) -> tuple:
+def fail_at(group: Group, point: str, number: int,
+            within: str = "10m") -> tuple:
     """Let the first host fail that comes to a point, and kill the other one,
     which else would fail there, too. Return both, and the start."""
-    group.single(2).with_tab([EACH_MINUTE], "KOI_START_WITHIN=10m")
+    group.single(2).with_tab([EACH_MINUTE], f"KOI_START_WITHIN={within}")
     for host in group.hosts:
         host.rate, host.points, host.chosen = 1.0, (point,), (number,)
         host.start()
@@ -167,6 +168,19 @@ def test_start_is_not_repeated_if_its_host_dies_after_the_record(group):
         ("interrupted", "koid was stopped before the run began")]
     assert hosts_of(group, due) == []
     assert wrong_of(group, due) == []
+
+
+def test_missed_start_that_its_own_host_had_recorded_is_interrupted(group):
+    """koid comes back while etcd is down, so the start is missed at first."""
+    failed, _, due = fail_at(group, "won", 9, "20s")
+    group.members[0].kill()
+    failed.start()
+    support.wait_until(lambda: rows_of(failed, due)[0][0] == "missed", 60,
+                       "the start to be missed")
+    group.members[0].start()
+    support.wait_until(lambda: rows_of(failed, due) == [
+        ("interrupted", "koid was stopped before the run began")], 60,
+        "the record to be corrected")
 
 
 def test_koid_recognizes_a_record_made_by_an_earlier_koid(group):
