@@ -329,7 +329,7 @@ class World:
                        else "ok" if good else "new", last=good[-1] if good
                        else None)
         for check in self.checks.values():
-            check["state"] = {"down": "up", "grace": "up"}.get(
+            check["state"] = {"down": "up", "late": "up"}.get(
                 check["state"], check["state"])
 
     def make_audit(self):
