@@ -25606,7 +25606,7 @@ def result_words(run: dict) -> str:
     else:
         words = f"exit {run['exit']}" if run["exit"] else "ok"
     if reason.startswith("timeout after "):
-        words = f"stopped after {reason[14:]} (KOI_TIMEOUT)"
+        words = f"stopped: time limit of {reason[14:]} reached (KOI_TIMEOUT)"
     elif reason:
         words += f": {reason}"
     return words + (f", attempt {run['attempt']}" if run["attempt"] > 1

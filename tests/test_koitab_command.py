@@ -767,7 +767,7 @@ def test_json_on_a_terminal_has_escaped_controls_and_equal_values(capsys):
     ({"exit": None, "signal": 9, "reason": "killed by alice"},
      "killed by signal 9 (SIGKILL): killed by alice"),
     ({"exit": None, "signal": 15, "reason": "timeout after 10m0s"},
-     "stopped after 10m0s (KOI_TIMEOUT)"),
+     "stopped: time limit of 10m0s reached (KOI_TIMEOUT)"),
     ({"exit": 1, "attempt": 2}, "exit 1, attempt 2"),
     ({"state": "missed", "count": 12}, "missed x12"),
     ({"state": "missed"}, "missed"),
