@@ -9403,10 +9403,11 @@ class EtcdSettings(FrozenRecord):
                 raise Error(f"--etcd {url}: anyone on the network can read "
                             "and change plain http",
                             "--etcd-insecure, for tests", EXIT_USAGE)
-        for one, other in (("cert", "key"), ("user", "password")):
+        for one, other, end in (("cert", "key", ""),
+                                ("user", "password", "-file")):
             if bool(getattr(self, one)) != bool(getattr(self, other)):
-                raise Error(f"the options of etcd for its {one} and {other} "
-                            "are only valid together", "", EXIT_USAGE)
+                raise Error(f"--etcd-{one} and --etcd-{other}{end} are only "
+                            "valid together", "", EXIT_USAGE)
         self.read()
 
     def read(self) -> dict:
