@@ -158,7 +158,8 @@ def test_claims_process_gets_contents_and_no_paths(tmp_path):
     ({"urls": ["https://h1", "http://h2"]}, "anyone on the network"),
     ({"key": ""}, "--etcd-cert and --etcd-key are"),
     ({"cert": ""}, "--etcd-cert and --etcd-key are"),
-    ({"password": ""}, "--etcd-password-file are"), ({"user": ""}, "--etcd-user and"),
+    ({"password": ""}, "--etcd-password-file are"),
+    ({"user": ""}, "--etcd-user and"),
     ({"ca": "/no/such"}, "/no/such: No such file"),
 ])
 def test_invalid_setting_for_etcd_is_an_error(tmp_path, changes, why):
