@@ -134,6 +134,7 @@ class Served:
         client = self.dashboard.client()
         client.request("GET", path, headers={
             "Authorization": f"Bearer {self.world.keys.api.hex()}",
+            "Accept": "application/vnd.koi+json",   # as the page asks
             "Accept-Encoding": "gzip", **headers})
         reply = client.getresponse()
         found = reply.status, reply.headers, reply.read()
