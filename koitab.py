@@ -24,57 +24,57 @@ without rights, C the caller.
  1 values
  248 Common        what do both programs need?             (files, clock) R U C
  317 Time          what do DST and clock jumps do to minutes?   (nothing) R U C
- 454 Schedule      when does an entry run next?                 (nothing) R U C
-1533 Tab           what does a koitab say?                      (nothing) R U C
- 295 Keys          who may ask for a run?                       (nothing) R U C
+ 458 Schedule      when does an entry run next?                 (nothing) R U C
+1559 Tab           what does a koitab say?                      (nothing) R U C
+ 297 Keys          who may ask for a run?                       (nothing) R U C
  193 RunFile       what does the file of a run hold?            (nothing) R U C
  176 Plan          what is due now?                             (nothing) R
  2 koid
- 832 Machine       what may koi do to this computer?   (files, processes) R U C
+ 835 Machine       what may koi do to this computer?   (files, processes) R U C
  321 Database      how is an SQLite file made, checked, written?  (files) R U C
- 445 RunStore      where are the runs of this host kept?          (files) R C
+ 440 RunStore      where are the runs of this host kept?          (files) R C
  708 Supervisor    who stays with a job?               (processes, files) R J
- 353 Jobs          which jobs exist, and whose are they?          (files) R C
+ 357 Jobs          which jobs exist, and whose are they?          (files) R C
  162 LineProtocol  how do other processes talk to koid?         (network) R U C
-1377 Scheduler     which run waits, starts, has ended?          (machine) R
- 645 ControlSocket how do users reach koid?              (network, files) R C
- 768 Broker        what may a dashboard ask of koid? (network, processes) R
+1418 Scheduler     which run waits, starts, has ended?          (machine) R
+ 671 ControlSocket how do users reach koid?              (network, files) R C
+ 769 Broker        what may a dashboard ask of koid? (network, processes) R
  240 Embedded      who runs this machine's dashboard? (network, processes) R
- 266 Groups        may this host make a start?          (files, processes) R
- 354 Daemon        what wakes koid?                             (machine) R
+ 239 Groups        may this host make a start?          (files, processes) R
+ 355 Daemon        what wakes koid?                             (machine) R
  3 network
  215 Client        how is one HTTP request bounded?             (network) U C
- 590 Agent         what does the dashboard lack?                (network) U C
- 333 Claims        which host of a group makes a start?       (network) U
- 155 Fields        what may a request contain?                     (clock) U C
- 149 Outcome       how did a run go, and was that usual?        (nothing) U
- 270 Credentials   who may do what, and who did it?               (files) U
- 569 Alerts        what is wrong now, and who is notified?        (files) U
- 661 PingChecks    is a job that koid does not run still alive?   (files) U
- 365 Hosts         which hosts and which jobs are there?          (files) U
- 392 Runs          which runs were there, with which output?      (files) U
- 351 AlertRules    when does a host or a job raise an alert?      (files) U
+ 595 Agent         what does the dashboard lack?                (network) U C
+ 155 Claims        which host of a group makes a start?       (network) U
+ 199 Fields        what may a request contain?                     (clock) U C
+ 155 Outcome       how did a run go, and was that usual?        (nothing) U
+ 285 Credentials   who may do what, and who did it?               (files) U
+ 723 Alerts        what is wrong now, and who is notified?        (files) U
+ 680 PingChecks    is a job that koid does not run still alive?   (files) U
+ 377 Hosts         which hosts and which jobs are there?          (files) U
+ 402 Runs          which runs were there, with which output?      (files) U
+ 373 AlertRules    when does a host or a job raise an alert?      (files) U
  183 Requests      what do people ask of hosts?                   (files) U
- 204 HostSync      what does a host send, and get back?           (files) U
- 174 Search        which outputs contain a text?                  (files) U
- 157 Retention     what is removed, and when?                     (files) U
- 336 Overview      what do the page and other programs see?       (files) U
- 593 Dashboard     who writes, in which order?                    (files) U
- 341 Notifier      how does an alert go out?         (network, processes) U
-1084 HttpServer    is this a valid request, in time?     (network, files) U
-1334 Api           who may call what?                           (network) U
-5639 Page          what does the browser run?                   (nothing) U C
+ 208 HostSync      what does a host send, and get back?           (files) U
+ 181 Search        which outputs contain a text?                  (files) U
+ 167 Retention     what is removed, and when?                     (files) U
+ 354 Overview      what do the page and other programs see?       (files) U
+ 606 Dashboard     who writes, in which order?                    (files) U
+ 349 Notifier      how does an alert go out?         (network, processes) U
+1122 HttpServer    is this a valid request, in time?     (network, files) U
+1467 Api           who may call what?                           (network) U
+5882 Page          what does the browser run?                   (nothing) U C
  4 commands
- 248 Terminal      how does koitab speak with its caller?      (terminal) C
+ 250 Terminal      how does koitab speak with its caller?      (terminal) C
  363 TabCommands   what can be done to a tab?           (files, terminal) C
- 748 RunCommands   how is a job run, and its past shown?       (terminal) C
- 709 Remote        what can a host ask of a dashboard? (network, terminal) C
- 285 Import        which crontabs does cron have here? (files, processes) C
+ 753 RunCommands   how is a job run, and its past shown?       (terminal) C
+ 713 Remote        what can a host ask of a dashboard? (network, terminal) C
+ 286 Import        which crontabs does cron have here? (files, processes) C
  461 Services      how are koid and the dashboard started?      (machine) C
   91 Source        which code runs as whom?             (files, terminal) C
-  85 Manual        how is a topic printed?         (terminal, processes) C
- 144 Help          what can I look up?                          (terminal) C
- 536 Command       what can I type?                            (terminal) C
+ 110 Manual        how is a topic printed?         (terminal, processes) C
+1938 Help          what can I look up?                          (terminal) C
+ 673 Command       what can I type?                            (terminal) C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports. Modules that

@@ -22,25 +22,25 @@ O the owner of the repository.
 
  248 Common    what do both programs need?              (files, clock)       C
  165 Jsonc     what does the configuration text say?    (nothing)            C
- 650 Config    what does the configuration mean?        (nothing)            C
- 688 Check     can this configuration run?              (nothing)            C
+ 700 Config    what does the configuration mean?        (nothing)            C
+ 660 Check     can this configuration run?              (nothing)            C
  166 Plan      what will this run do, in order?         (nothing)            C
  510 Report    what is reported of a run?               (nothing)            C
- 670 Processes how is a program started and stopped?   (processes)          C U
+ 671 Processes how is a program started and stopped?   (processes)          C U
  286 Files     who can change a file?                   (files)              C
- 319 Host      what is true of this host?               (files)              C
+ 320 Host      what is true of this host?               (files)              C
  331 Chown     how does a tree get another owner?       (files)              C
- 447 Git       how is a storage committed?             (files, processes)   C O
+ 448 Git       how is a storage committed?             (files, processes)   C O
  215 Client    how is one HTTP request bounded?        (network)            C U
- 252 Delivery  how do people hear of a run?             (network, processes) C
+ 265 Delivery  how do people hear of a run?             (network, processes) C
  331 Builtins  which tasks need no script?              (files, network)     U
  413 State     what is known of earlier runs?           (files, clock)       C
  236 RunLog    where do the lines of a run go?          (files, terminal)    C
- 966 Run       how are the steps of a run carried out?  (machine)            C
+ 967 Run       how are the steps of a run carried out?  (machine)            C
  160 Sample    what does `init` write?                  (nothing)            C
-  85 Manual    how is a topic printed?                (terminal, processes) C
- 439 Help      what can I look up?                     (nothing)            C
-1068 Command   what can I type?                         (terminal)           C
+ 110 Manual    how is a topic printed?                (terminal, processes) C
+ 470 Help      what can I look up?                     (nothing)            C
+1055 Command   what can I type?                         (terminal)           C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
 the directory of the script and site-packages out of the imports: root runs
