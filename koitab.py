@@ -10884,6 +10884,7 @@ class ClaimClient:
         It is a problem once all members have failed. Members that do not
         belong together would let two hosts make a start."""
         urls, number, failures, problem = self.settings["urls"], 0, 0, ""
+        errors: dict[str, str] = {}     # by URL, of the last failure
         member, cluster, results = None, "", []
         while True:
             self.news.clear()
@@ -10899,10 +10900,10 @@ class ClaimClient:
                 failures, problem = 0, ""
             except Exception as error:      # of TLS, or what is not etcd
                 member, number, failures = None, number + 1, failures + 1
+                errors[url] = failure_words(error)
                 if failures > len(urls):
-                    # Always the same member: each new text is logged.
-                    if failures % len(urls) == 1 % len(urls):
-                        problem = f"{url}: {failure_words(error)}"
+                    # Of all members: koid logs each text that is new.
+                    problem = "; ".join(map(": ".join, errors.items()))
                     time.sleep(RETRY_PAUSE)
                 continue
             if not work:
