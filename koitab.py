@@ -5375,10 +5375,7 @@ class Supervisor:
         Raises OSError, MemoryError."""
         self.detach()
         file, claimed = self.claim(self.spec.run)
-        if file is None and claimed:
-            self.reports = REPORT.pack(self.spec.run, NO_FILE)
-            self.send_reports()
-        if claimed:
+        if claimed and (file is not None or self.is_recorded()):
             self.open_run(file)
         self.drop_privileges()
         if self.run and not self.run.finished:
@@ -5438,6 +5435,17 @@ class Supervisor:
         remove(str(run), self.runs)
         os.close(file)
         return None, False
+
+    def is_recorded(self) -> bool:
+        """Has koid recorded that the run has no file? It sends SIGUSR1 then.
+        The next koid could not know otherwise that the run has begun."""
+        signals = []
+        signal.signal(signal.SIGUSR1, lambda *each: signals.append(each))
+        self.reports = REPORT.pack(self.spec.run, NO_FILE)
+        while not signals and os.getppid() == self.daemon:
+            self.send_reports()
+            time.sleep(0.05)
+        return bool(signals)
 
     def drop_privileges(self) -> None:
         """Become the user; if that fails, the job is not started."""
@@ -6867,6 +6875,7 @@ class Scheduler:
         self.waiting: list[QueuedRun] = []
         self.running: dict[int, RunningRun] = {}
         self.supervisors: dict[int, int] = {}   # pid -> run
+        self.without_file: set[int] = set()     # runs that wait to begin
         self.unrecorded_ends: list[tuple] = []  # (RunningRun, wait status)
         self.files_to_remove: list[int] = []    # of runs, once written
 
@@ -6898,6 +6907,10 @@ class Scheduler:
             for run in self.files_to_remove:
                 remove(str(run), self.runs)
             self.files_to_remove.clear()
+            for pid, run in self.supervisors.items():
+                if run in self.without_file:
+                    os.kill(pid, signal.SIGUSR1)    # it may begin now
+            self.without_file.clear()
         return written
 
     def wake_at(self) -> float:
@@ -7329,6 +7342,7 @@ class Scheduler:
             return
         for run, status in REPORT.iter_unpack(data):
             if status == NO_FILE:   # else it would count as not begun
+                self.without_file.add(run)
                 self.write([self.store.update(run, reason=NO_FILE_REASON)])
             else:
                 self.end(run, status)

@@ -14,6 +14,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -765,18 +766,58 @@ def test_job_running_while_the_disk_fills_keeps_its_exit_status(
 
 
 @support.root_only
-def test_run_whose_file_cannot_be_created_is_not_started_again(
-        koi, gate, tiny):
-    # No inode is left: the history can still be written.
-    koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n')
+def test_run_without_a_file_begins_once_though_koid_is_killed_before_it(
+        koi, tiny):
+    """koid is frozen as soon as it has forked the supervisor."""
+    koi.tab(f'{QUIET}"quick" @manual {keep(koi)}\n')
     koi.start()
+    fillers = fill_inodes(koi, tiny)
+    request = threading.Thread(target=launch_or_fail, args=(koi, "quick"))
+    request.start()
+    freeze_at_a_child(koi.daemon.pid)
+    koi.stop(signal.SIGKILL)
+    request.join()
+    shutil.rmtree(fillers)
+    koi.start()
+    executed(koi)
+    wait_until(lambda: "running" not in states(koi), 20, "its end")
+    assert len(truth(koi)) == 1
+
+
+def launch_or_fail(koi, job: str) -> None:
+    with contextlib.suppress(koitab.Error, OSError):
+        koi.launch(job)
+
+
+def freeze_at_a_child(pid: int) -> None:
+    """Send SIGSTOP to koid when it has a child, and wait until the child
+    waits for koid, or for the job."""
+    while not (children := support.children_of(pid)):
+        pass
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: support.process_state(children[0]) in ("S", ""), 20,
+               "the supervisor to wait")
+
+
+def fill_inodes(koi, disk: Disk) -> Path:
+    """Leave no inode: the history can still be written. Return the directory
+    of what takes them."""
     fillers = koi.home.parent / "fillers"
     fillers.mkdir()
-    assert tiny.run("mount", "-o", "remount,nr_inodes=40",
-                    str(tiny.place)) == 0
+    assert disk.run("mount", "-o", "remount,nr_inodes=40",
+                    str(disk.place)) == 0
     with contextlib.suppress(OSError):
         for name in range(100):
             (fillers / str(name)).touch()
+    return fillers
+
+
+@support.root_only
+def test_run_whose_file_cannot_be_created_is_not_started_again(
+        koi, gate, tiny):
+    koi.tab(f'{QUIET}"slow" @manual {keep(koi)}; {gate.wait}\n')
+    koi.start()
+    fillers = fill_inodes(koi, tiny)
     try:
         koi.launch("slow")
     except koitab.Error:

@@ -317,7 +317,7 @@ def test_member_of_another_etcd_is_refused(group):
         support.wait_until(group.executed, 60, "a start")
         group.members[0].kill()
         support.wait_until(lambda: f"{client}: a member of another etcd"
-                           in host.koi.problems(), 30, "the problem")
+                           in host.koi.problems(), 90, "the problem")
         due = host.rows()[-1]["due"]
         support.wait_until(lambda: host.rows()[-1]["due"] > due, 30)
         due = host.rows()[-1]["due"]
