@@ -33,10 +33,10 @@ without rights, C the caller.
  835 Machine       what may koi do to this computer?   (files, processes) R U C
  321 Database      how is an SQLite file made, checked, written?  (files) R U C
  440 RunStore      where are the runs of this host kept?          (files) R C
- 708 Supervisor    who stays with a job?               (processes, files) R J
+ 716 Supervisor    who stays with a job?               (processes, files) R J
  357 Jobs          which jobs exist, and whose are they?          (files) R C
  162 LineProtocol  how do other processes talk to koid?         (network) R U C
-1418 Scheduler     which run waits, starts, has ended?          (machine) R
+1424 Scheduler     which run waits, starts, has ended?          (machine) R
  671 ControlSocket how do users reach koid?              (network, files) R C
  769 Broker        what may a dashboard ask of koid? (network, processes) R
  240 Embedded      who runs this machine's dashboard? (network, processes) R
@@ -45,7 +45,7 @@ without rights, C the caller.
  3 network
  215 Client        how is one HTTP request bounded?             (network) U C
  595 Agent         what does the dashboard lack?                (network) U C
- 155 Claims        which host of a group makes a start?       (network) U
+ 156 Claims        which host of a group makes a start?       (network) U
  199 Fields        what may a request contain?                     (clock) U C
  155 Outcome       how did a run go, and was that usual?        (nothing) U
  285 Credentials   who may do what, and who did it?               (files) U
