@@ -11915,7 +11915,7 @@ create index notifications_of_run on notifications (run)
             key = f"test-{os.urandom(8).hex()}-{channel}"
             self.add_notification(
                 db, channel, key,
-                Alert("", "test", now, "koi: a test", "This is a test. Alerts "
+                Alert("", "test", now, "test notification", "Alerts "
                       "of this dashboard arrive here."), [], now)
             self.changes.after_commit(lambda: self.tests.update({key: None}))
             return {"id": channel, "key": key}

@@ -1,10 +1,10 @@
-"""make demo: mission and koi on real input, in a scratch directory, as anyone.
+"""make demo: mission and koi on real input, in a scratch directory.
 
 A tree of files, a SQLite database and a git repository are backed up by a
 run as cron would start it and by a run by hand; one task fails on purpose.
-Then the history, the log and the mail are shown. After that a koid of the
-demo's own is given a tab, and jobs with arguments are run. At the end all of
-it comes together on a dashboard: on a terminal it stays up until Ctrl-C.
+The log, the mail and the history follow. Then a second koid gets a tab, and
+jobs with arguments run. Finally a dashboard shows all of it. At a terminal the
+dashboard runs until Ctrl-C.
 Nothing outside the scratch directory is touched.
 """
 
@@ -174,7 +174,7 @@ STAY_ROOT = ["-u", "root"] if os.geteuid() == 0 else []
 
 
 class Demo:
-    """The scratch directory, and what is typed in it."""
+    """The scratch directory, and the commands that run in it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -238,7 +238,7 @@ class KoiDemo(Demo):
 
 
 class Dashboard:
-    """A dashboard in the background, and what is seen on it."""
+    """A dashboard in the background, and what it shows."""
 
     def __init__(self, koi: KoiDemo):
         self.koi, self.port = koi, free_port()
@@ -287,8 +287,8 @@ class Dashboard:
             self.koi.folder / "dashboard.log").read_text())
 
     def join(self) -> str:
-        """Make a dashboard and belong to it: its link and passphrase, as
-        koitab tells them. A viewer's token is kept for this demo's looks."""
+        """Make a dashboard and join it; return the link and passphrase that
+        koitab prints. Keep a viewer's token to read the dashboard with."""
         said = self.koitab("new", self.url)
         print(said, end="", flush=True)
         password = re.search(r"^passphrase +(\S+)$", said, re.M)[1]
@@ -319,7 +319,7 @@ def free_port() -> int:
 
 
 def ping_key(dashboard: Dashboard) -> str:
-    """It is not for viewers, so it is asked for with the host's database."""
+    """Read from the database, because viewers cannot see it."""
     db = sqlite3.connect(dashboard.koi.folder / "koi/dashboard.db")
     try:
         return db.execute("select ping_key from dashboard").fetchone()[0]
@@ -329,7 +329,7 @@ def ping_key(dashboard: Dashboard) -> str:
 
 def show_dashboard(koi: KoiDemo) -> bool:
     """mission under koid, its ping and its output on the dashboard."""
-    explain("The dashboard: one process, in a browser, for all your hosts.")
+    explain("The dashboard shows the jobs of all hosts in a browser.")
     with Dashboard(koi) as dashboard:
         link = dashboard.join()
         night = koi.folder / "night.json"
@@ -338,8 +338,8 @@ def show_dashboard(koi: KoiDemo) -> bool:
             "enabled": True, "log": True, "endpoint": f"{dashboard.url}/ping/"
             f"{ping_key(dashboard)}/nightly-backup?create=1"}
         night.write_text(json.dumps(config, indent=4) + "\n")
-        explain("mission under koi: its run is on the dashboard, and its "
-                "ping with its log.")
+        explain("koi runs mission: the dashboard has the run, and the ping "
+                "with the log.")
         told = koi.type("run", "Nightly backup")
         state = dashboard.wait_for(lambda: arrived(dashboard.state()),
                                    "the backup and its ping")
@@ -364,7 +364,7 @@ def arrived(state: dict) -> dict | None:
 
 
 def wait_at_terminal(link: str) -> None:
-    """On a terminal the dashboard stays, to be looked at."""
+    """At a terminal, let the dashboard run until Ctrl-C."""
     if not (sys.stdout.isatty() and sys.stdin.isatty()):
         return
     print(f"\nOpen this in a browser, and run \"Say hello\" there:\n\n{link}"
@@ -381,7 +381,7 @@ def explain(text: str) -> None:
 
 
 def show_koi(folder: Path) -> bool:
-    """koitab and koid; did all go as it should?"""
+    """Show koitab and koid; return whether all commands ended as expected."""
     mission = folder / "bin/mission"
     mission.write_text(f'#!/bin/sh\nexport MISSION_STATE="{folder}/state" '
                        f'PATH="{folder}/bin:$PATH"\n'
@@ -392,20 +392,20 @@ def show_koi(folder: Path) -> bool:
     for program in (mission, invoice):
         program.chmod(0o755)
     tab = TAB.format(mission=mission, folder=folder)
-    explain("koi: cron, with names, sections, forms and a history. A tab:")
+    explain("koi is cron with names, sections, forms and a history. A tab:")
     print("".join(f"    {line}\n" for line in tab.splitlines()), end="")
     with KoiDemo(folder) as koi:
-        explain("Installed as with crontab; each line is judged before.")
+        explain("koitab checks each line, and installs it as crontab does.")
         told = [koi.type("-", text=tab)]
-        explain("When does it run? Across both changes of the clock, too.")
+        explain("The next starts, also across daylight saving changes.")
         told.append(koi.type("next", "-n", "2"))
-        explain("A job by hand: its output, its exit status. Whatever stands "
-                "in an\n    argument is a value and never becomes code.")
+        explain("Run jobs by hand, with their output and exit status. An "
+                "argument\n    is a value and never becomes code.")
         told += [koi.type("run", "Say hello", "To whom=O'Brien $(id)"),
                  koi.type("run", "Invoice", "Customer=nobody", "Format=pdf"),
                  koi.type("run", "Invoice", "Customer=Acme & Sons"),
                  koi.type("run", "Quick check")]
-        explain("Every run is kept, with its output.")
+        explain("koi keeps every run with its output.")
         told += [koi.type("history"), koi.type("log", "Say hello"),
                  koi.type("status")]
         return told == [0, 0, 0, 3, 0, 0, 0, 0, 0] and show_dashboard(koi)
@@ -428,33 +428,33 @@ def show(folder: Path) -> int:
                        check=True)
     write_config(folder, git)
     demo = Demo(folder)
-    explain("Five tasks, in the order they run. One will fail on purpose.")
+    explain("Five tasks, in the order they run. One fails on purpose.")
     demo.type("list", "--verbose")
-    explain("Is the configuration right? Silence means yes.")
+    explain("Validate the configuration. No output means that it is valid.")
     checked = demo.type("check")
-    explain("A run as cron starts it: the log goes to a file and a mail; "
-            "only the\n    failure is said aloud, and no ping is sent.")
+    explain("A run as cron starts it. The log goes to a file and into a "
+            "mail, only\n    the failure is printed, and no ping is sent.")
     first = demo.type("run", "--headless")
-    explain("The log of that run. The failing task stopped no other, and "
-            "the password\n    it printed is not in there.")
+    explain("The log of that run. The failed task did not stop the others, "
+            "and the\n    log does not contain the password that it printed.")
     demo.type("log")
-    explain("The mail that was handed to sendmail:")
+    explain("The mail that sendmail got:")
     demo.show_mail()
-    explain("One task by hand, its output on this terminal:")
+    explain("One task by hand, with its output on this terminal:")
     second = demo.type("run", "-t", "database")
-    explain("Everything that ran:")
+    explain("All runs:")
     demo.type("history")
     fine = (checked, first, second) == (0, 1, 0) and show_koi(folder)
     print("""
 That was mission and koi. Next:
-    sudo make install           copies both to /usr/local/bin
-    mission init                writes a configuration to begin with
-    mission check               tells what is not right yet, line by line
-    mission run                 runs it by hand; --headless from crontab
-    koid &                      koi's daemon (README: a unit for systemd)
-    koitab -e                   edits your tab, as crontab -e
-    koitab -d new               the dashboard, which koid runs
-README.md has the rest; nothing of this demo is left behind.""")
+    sudo make install           copy both to /usr/local/bin
+    mission init                write a sample configuration
+    mission check               report each error with its line
+    mission run                 run the tasks; in crontab with --headless
+    koid &                      start koi's daemon (see README for systemd)
+    koitab -e                   edit your tab, as crontab -e does
+    koitab -d new               create a dashboard, which koid runs
+README.md explains the rest. The demo has removed its files.""")
     return 0 if fine else 1
 
 
