@@ -21057,6 +21057,13 @@ function hideTip() {
   $("#tip").hidden = true;
 }
 
+// Moves the tip of a bar that the keyboard has reached: a focus may scroll.
+function onScroll() {
+  const node = document.activeElement;
+  if (node?.bars && node.matches(":focus-visible")) showTip(node, node.bars.at);
+  else hideTip();
+}
+
 // Returns the text of a bar's tip: outcome, time and duration.
 const tipWords = (outcome, at, host, seconds) => [
   el("b", { text: OUTCOMES[outcome] || outcome }), " ", shortTime(at, host),
@@ -24587,7 +24594,7 @@ function start() {
   setInterval(updateTimes, 1000);
   addEventListener("keydown", onKey);
   addEventListener("hashchange", () => app.route());
-  addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("scroll", onScroll, { passive: true });
   document.addEventListener("visibilitychange", () =>
     stream.onVisibilityChange());
   logInViewer();

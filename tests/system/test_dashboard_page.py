@@ -512,6 +512,18 @@ def test_arrow_keys_walk_the_history_bar_and_enter_opens_a_run(page):
     page.wait("location.hash.startsWith('#/run/')")
 
 
+def test_tip_of_the_bar_with_the_focus_stays_when_the_page_scrolls(page):
+    page.js("document.querySelector('.group:not(.attention) .row .bars')"
+            ".focus()")
+    page.keys("Left")
+    page.wait("!document.querySelector('#tip').hidden")
+    page.js("addEventListener('scroll', () => requestAnimationFrame(() => "
+            "{ document.scrolled = true; }), {once: true});"
+            "scrollBy(0, scrollY ? -1 : 1)")
+    page.wait("document.scrolled")
+    assert page.js("return !document.querySelector('#tip').hidden")
+
+
 def test_many_jobs_are_drawn_within_the_time_limit(browser):
     with page_server.Server(many=True) as stand_in:
         browser.open(stand_in.url, PASSWORD)
