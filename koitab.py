@@ -63,7 +63,7 @@ without rights, C the caller.
  349 Notifier      how does an alert go out?         (network, processes) U
 1122 HttpServer    is this a valid request, in time?     (network, files) U
 1467 Api           who may call what?                           (network) U
-5882 Page          what does the browser run?                   (nothing) U C
+5889 Page          what does the browser run?                   (nothing) U C
  4 commands
  250 Terminal      how does koitab speak with its caller?      (terminal) C
  363 TabCommands   what can be done to a tab?           (files, terminal) C
