@@ -21059,8 +21059,8 @@ function hideTip() {
 
 // Moves the tip of a bar that the keyboard has reached: a focus may scroll.
 function onScroll() {
-  const node = document.activeElement;
-  if (node?.bars && node.matches(":focus-visible")) showTip(node, node.bars.at);
+  const { bars } = document.activeElement || {};
+  if (bars) showTip(document.activeElement, bars.at);
   else hideTip();
 }
 
