@@ -5437,8 +5437,9 @@ class Supervisor:
         return None, False
 
     def is_recorded(self) -> bool:
-        """Has koid recorded that the run has no file? It sends SIGUSR1 then.
-        The next koid could not know otherwise that the run has begun."""
+        """Has koid recorded that the run has no file? It sends SIGUSR1 then,
+        also if the disk is full: a job that is due runs anyway. The next koid
+        could not know otherwise that the run has begun."""
         signals = []
         signal.signal(signal.SIGUSR1, lambda *each: signals.append(each))
         self.reports = REPORT.pack(self.spec.run, NO_FILE)
@@ -6875,7 +6876,6 @@ class Scheduler:
         self.waiting: list[QueuedRun] = []
         self.running: dict[int, RunningRun] = {}
         self.supervisors: dict[int, int] = {}   # pid -> run
-        self.without_file: set[int] = set()     # runs that wait to begin
         self.unrecorded_ends: list[tuple] = []  # (RunningRun, wait status)
         self.files_to_remove: list[int] = []    # of runs, once written
 
@@ -6907,10 +6907,6 @@ class Scheduler:
             for run in self.files_to_remove:
                 remove(str(run), self.runs)
             self.files_to_remove.clear()
-            for pid, run in self.supervisors.items():
-                if run in self.without_file:
-                    os.kill(pid, signal.SIGUSR1)    # it may begin now
-            self.without_file.clear()
         return written
 
     def wake_at(self) -> float:
@@ -7342,10 +7338,12 @@ class Scheduler:
             return
         for run, status in REPORT.iter_unpack(data):
             if status == NO_FILE:   # else it would count as not begun
-                self.without_file.add(run)
                 self.write([self.store.update(run, reason=NO_FILE_REASON)])
             else:
                 self.end(run, status)
+                for pid, of_run in self.supervisors.items():
+                    if of_run == run:
+                        os.kill(pid, signal.SIGUSR1)
 
     def end(self, run: int, status: int = NO_STATUS) -> None:
         """Let the end of a run be recorded. Without a wait status its file
@@ -7619,6 +7617,10 @@ class Scheduler:
         state, reason = "interrupted", "koid was stopped before the run began"
         if row["state"] == "queued" and not queued:
             state, reason = "skipped", "the job was changed" if has_job \
+        if row["reason"] == NO_FILE_REASON:     # it has begun
+            return self.store.update(
+                row["run"], state=state, reason="koid was stopped, and "
+                + NO_FILE_REASON)
                 else "the job was removed"
         elif row["state"] == "running" and row["trigger"] == "schedule":
             state = "missed"
