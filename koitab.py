@@ -11705,14 +11705,17 @@ create index notifications_of_run on notifications (run)
         db.update("alerts", {"notified": before + 1}, id=number)
         again = f"-{before + 1}" if before and not resolved else ""
         subject, now = alert.subject, self.clock.now()
+        channels = db.column("select id from channels")
         if subject.startswith("check:"):
-            if resolved and db.execute(
-                    "delete from notifications where key glob ? and tries = 0 "
-                    "and due > ?", f"{number}-{alert.kind}-firing-*",
-                    now).rowcount and before == 1:
-                self.reported[subject] = self.reported.get(
-                    subject, now) - CHECK_PAUSE
-                return
+            taken_back = self.take_back(
+                db, f"{number}-{alert.kind}-firing-*") if resolved else set()
+            if taken_back and before == 1:
+                channels = [each for each in channels
+                            if each not in taken_back]
+                if not channels:
+                    self.reported[subject] = self.reported.get(
+                        subject, now) - CHECK_PAUSE
+                    return
             due = max(now, self.reported.get(subject, 0) + CHECK_PAUSE)
             self.reported[subject] = due
         status = "resolved" if resolved else "firing"
@@ -11723,7 +11726,7 @@ create index notifications_of_run on notifications (run)
             "endsAt": format_rfc3339(now) if resolved else "",
             **self.place_of(db, subject, run)}
         source, added = self.source_of(db, subject), False
-        for channel in db.column("select id from channels"):
+        for channel in channels:
             if self.has_room(db, channel, source, entry):
                 self.add_notification(
                     db, channel,
@@ -11732,6 +11735,15 @@ create index notifications_of_run on notifications (run)
                 added = True
         if not added:               # then its end is not notified either
             db.update("alerts", {"notified": before}, id=number)
+
+    def take_back(self, db: Database, keys: str) -> set[int]:
+        """Remove the notifications whose key matches and that wait for their
+        time. Return their channels."""
+        chosen = "notifications where key glob ? and tries = 0 and due > ?"
+        values = keys, self.clock.now()
+        channels = set(db.column(f"select channel from {chosen}", *values))
+        db.execute(f"delete from {chosen}", *values)
+        return channels
 
     def source_of(self, db: Database, subject: str) -> str:
         """Return who causes the notifications of a subject."""

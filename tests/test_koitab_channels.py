@@ -158,6 +158,26 @@ def test_notification_of_an_alert_names_its_time_host_and_next_step(
     assert body["link"] == "https://koi.example.org/#/job/1"
 
 
+def test_recovery_of_a_check_reaches_the_channels_that_got_its_failure(
+        dashboard):
+    """Another channel, which does not answer, has not got it yet."""
+    broken = dashboard.channel(target="broken@example.org")
+    check = dashboard.do(dashboard.dashboard.checks.create, {"name": "Sync"},
+                         NOW)["id"]
+    dashboard.ping(check)
+    dashboard.ping(check, action="fail")
+    for number, channel in dashboard.rows(
+            "select id, channel from notifications"):
+        if channel != broken:
+            dashboard.do(dashboard.dashboard.alerts.mark_delivered, number, "",
+                         NOW)
+    dashboard.dashboard.db.execute(
+        "update notifications set due = ?", dashboard.now + 30)
+    dashboard.ping(check)
+    assert dashboard.rows("select channel, title from notifications") == [
+        (1, "Sync is up")]
+
+
 def test_digest_has_an_entry_for_each_alert(quiet, listener):
     quiet.channel("webhook", listener.url)
     quiet.runs(quiet.join(), *quiet.failing(60))
