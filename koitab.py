@@ -12424,6 +12424,23 @@ class PingSecrets:
         return data.replace(self.key, b"*" * len(self.key)) if self.key \
             else data
 
+    def hide_in_frames(self, data: bytes) -> bytes:
+        """Return `data`, frames of output, with stars: what a job prints in
+        two parts is in two frames."""
+        result, texts, places, at = bytearray(data), {}, [], 0
+        while at + FRAME.size <= len(data):
+            stream, _, length = FRAME.unpack_from(data, at)
+            text = texts.setdefault(stream, bytearray())
+            begin = at + FRAME.size
+            at = min(begin + length, len(data))
+            places.append((stream, len(text), begin, at))
+            text += data[begin:at]
+        hidden = {stream: self.hide(bytes(text))
+                  for stream, text in texts.items()}
+        for stream, start, begin, end in places:
+            result[begin:end] = hidden[stream][start:start + end - begin]
+        return bytes(result)
+
 
 def hide_secrets(db: Database, data: bytes) -> bytes:
     """Return what a viewer may see of a response or a line."""
@@ -13715,14 +13732,18 @@ create table unindexed (run integer primary key);
         """Will there be more of a run's output?"""
         return row["state"] in ACTIVE_STATES or row["have"] < row["size"]
 
-    def output(self, db: Database, run: int, at: int, most: int) -> tuple:
+    def output(self, db: Database, run: int, at: int, most: int,
+               is_reader: bool = False) -> tuple:
         """Return a part of a run's output from the offset `at`: (frames,
         size of all, whether there will be more, where the part begins).
-        Raises Error."""
+        For a reader what can ping is hidden in the whole, because a part may
+        begin within it. Raises Error."""
         row, live = self.find(db, run), self.live.get(run)
         most, at = min(max(most, 1), OUTPUT_PART), max(at, 0)
         begin, data = live if live and not row["have"] else (
             0, self.frames(db, run))
+        if is_reader:
+            data = PingSecrets(db).hide_in_frames(data)
         at = max(at, begin)
         return (cut_to_frames(data[at - begin:], most), begin + len(data),
                 self.is_growing(row), at)
@@ -15226,7 +15247,8 @@ class Overview:
         if not found:
             raise not_found("badge")
         worst = min(found, key=lambda each: WORST_FIRST.index(each["state"]))
-        return {"label": worst["name"] or worst.get("label") or name,
+        label = worst["name"] or worst.get("label") or name
+        return {"label": hide_secrets(db, label.encode()).decode(),
                 "message": worst["state"], "color": BADGES[worst["state"]]}
 
 
@@ -18319,7 +18341,8 @@ async def read_output(api: Api, context: RequestContext) -> Response:
 
     def read_part() -> tuple:
         dashboard.follow(run)
-        return dashboard.read(dashboard.runs.output, run, start, size)
+        return dashboard.read(dashboard.runs.output, run, start, size,
+                              context.is_reader)
 
     with LongPoll(api.polls, ("run", run)) as poll:
         while True:

@@ -1027,6 +1027,38 @@ def test_a_badge_shows_the_worst_of_all_hosts(dashboard, web1):
                          NOW)["message"] == "failed"
 
 
+def test_badge_of_a_job_without_a_name_has_no_address_that_pings(
+        dashboard, web1):
+    uuid = dashboard.do(dashboard.dashboard.checks.create, {"name": "Sync"},
+                        NOW)["id"]
+    job = {"name": "", "label": f"* * * * * curl https://koi/ping/{uuid}"}
+    dashboard.runs(web1, dashboard.record(**job),
+                   list=dashboard.list_of(web1, spec(**job)))
+    badge = dashboard.ask(
+        dashboard.dashboard.overview.badge,
+        dashboard.state["dash"]["badge_key"], "backup", NOW)
+    assert badge["label"] == "* * * * * curl https://koi/ping/" + "*" * 36
+
+
+@pytest.mark.parametrize("size", [9 + 20, 9 + 48, 1000])
+def test_reader_finds_no_address_that_pings_in_any_part_of_an_output(
+        dashboard, web1, size):
+    """It was printed in two parts, between which stderr came."""
+    uuid = dashboard.do(dashboard.dashboard.checks.create, {"name": "Sync"},
+                        NOW)["id"]
+    data = frames("ping/" + uuid[:11]) + frames("oops", 2) + frames(
+        uuid[11:] + "\n")
+    dashboard.runs(web1, dashboard.record(size=len(data)))
+    dashboard.sync(web1, outputs=[piece(1, 0, data)])
+    seen, at = b"", 0
+    while at < len(data):
+        part = dashboard.ask(dashboard.dashboard.runs.output, 1, at, size,
+                             True)[0]
+        seen, at = seen + part, at + len(part)
+    assert seen == data.replace(uuid[:11].encode(), b"*" * 11).replace(
+        uuid[11:].encode(), b"*" * 25)
+
+
 def test_badge_is_given_only_with_its_key(dashboard, web1):
     key = dashboard.state["dash"]["badge_key"]
     dashboard.runs(web1, dashboard.record(exit=1),
