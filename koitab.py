@@ -17237,7 +17237,10 @@ class HttpServer:
         near = is_loopback(peer) or peer in self.proxies
         network = None if near else network_of(peer)
         if peer == UNIX_PEER:       # each local user has a share
-            uid = peer_uid(sock)
+            try:
+                uid = peer_uid(sock)
+            except OSError:         # macOS, if the peer has closed already
+                return sock.close()
             network = f"uid {uid}" if uid not in (0, os.geteuid()) else None
         if not self.limits.has_room_for(network) or (
                 self.limits.is_full and not self.make_room()):
