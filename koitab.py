@@ -21221,7 +21221,7 @@ function jobsView(place, root) {
 function problemKeys(place) {
   const press = (css) => () => place() && $(css, place())?.click();
   return { o: press(".row-actions a"), d: press("[href$='?diff']"),
-    s: press("[data-subject] > button") };
+    s: press("[data-subject] > [aria-haspopup]") };
 }
 
 const isLive = (run) => run.state === "running" || run.state === "queued";
@@ -22985,10 +22985,13 @@ class JobPage {
 
   draw() {
     if (!this.head.isConnected) return;
-    redraw(this.head, () => jobHead(this.job, this.lines).filter(Boolean));
     const width = this.head.clientWidth;
-    const box = $(".charts", this.head);
-    box?.replaceChildren(...jobCharts(this.job, width));
+    redraw(this.head, () => {   // with the bars, which may have the focus
+      const nodes = jobHead(this.job, this.lines).filter(Boolean);
+      nodes.find((node) => node.matches(".charts"))?.append(
+        ...jobCharts(this.job, width));
+      return nodes;
+    });
   }
 
   leave() {
@@ -24026,7 +24029,7 @@ function columnsOf({ kind, schedule, period }) {
   if (kind === "cron") return schedule;
   const minutes = Math.max(1, Math.round(period / 60));
   if (minutes < 60) return `*/${minutes} * * * *`;
-  if (minutes < 1440) return `0 */${Math.round(minutes / 60)} * * *`;
+  if (minutes < 1440) return `0 */${Math.floor(minutes / 60)} * * *`;
   return period < 7 * 86400 ? "30 2 * * *" : "30 2 * * 0";
 }
 
@@ -24330,7 +24333,8 @@ function readOptions(fields) {
 class Channels {
   constructor() {
     Object.assign(this, { list: el("div"), editor: el("div"),
-      root: el("div", { class: "channels" }), sending: new Set() });
+      root: el("div", { class: "channels" }), sending: new Set(),
+      channels: [] });
     this.root.append(this.list, this.editor);
     this.close();
   }
@@ -24422,7 +24426,7 @@ class Channels {
       const saved = await post("channels", { ...id && { do: "edit", id },
         kind, target: target.value(), options: readOptions(options) });
       this.close();
-      await this.reload();
+      await withToast(() => this.reload());
       this.test(saved.id);
     } catch (error) {
       showFieldError(fields, error, "target");
