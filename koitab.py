@@ -25,7 +25,7 @@ without rights, C the caller.
  248 Common        what do both programs need?             (files, clock) R U C
  317 Time          what do DST and clock jumps do to minutes?   (nothing) R U C
  458 Schedule      when does an entry run next?                 (nothing) R U C
-1559 Tab           what does a koitab say?                      (nothing) R U C
+1561 Tab           what does a koitab say?                      (nothing) R U C
  297 Keys          who may ask for a run?                       (nothing) R U C
  193 RunFile       what does the file of a run hold?            (nothing) R U C
  176 Plan          what is due now?                             (nothing) R
@@ -33,10 +33,10 @@ without rights, C the caller.
  835 Machine       what may koi do to this computer?   (files, processes) R U C
  321 Database      how is an SQLite file made, checked, written?  (files) R U C
  440 RunStore      where are the runs of this host kept?          (files) R C
- 716 Supervisor    who stays with a job?               (processes, files) R J
+ 717 Supervisor    who stays with a job?               (processes, files) R J
  357 Jobs          which jobs exist, and whose are they?          (files) R C
  162 LineProtocol  how do other processes talk to koid?         (network) R U C
-1424 Scheduler     which run waits, starts, has ended?          (machine) R
+1425 Scheduler     which run waits, starts, has ended?          (machine) R
  671 ControlSocket how do users reach koid?              (network, files) R C
  769 Broker        what may a dashboard ask of koid? (network, processes) R
  240 Embedded      who runs this machine's dashboard? (network, processes) R
@@ -49,21 +49,21 @@ without rights, C the caller.
  199 Fields        what may a request contain?                     (clock) U C
  155 Outcome       how did a run go, and was that usual?        (nothing) U
  285 Credentials   who may do what, and who did it?               (files) U
- 723 Alerts        what is wrong now, and who is notified?        (files) U
- 680 PingChecks    is a job that koid does not run still alive?   (files) U
+ 735 Alerts        what is wrong now, and who is notified?        (files) U
+ 697 PingChecks    is a job that koid does not run still alive?   (files) U
  377 Hosts         which hosts and which jobs are there?          (files) U
- 402 Runs          which runs were there, with which output?      (files) U
+ 406 Runs          which runs were there, with which output?      (files) U
  373 AlertRules    when does a host or a job raise an alert?      (files) U
  183 Requests      what do people ask of hosts?                   (files) U
  208 HostSync      what does a host send, and get back?           (files) U
  181 Search        which outputs contain a text?                  (files) U
  167 Retention     what is removed, and when?                     (files) U
- 354 Overview      what do the page and other programs see?       (files) U
+ 355 Overview      what do the page and other programs see?       (files) U
  606 Dashboard     who writes, in which order?                    (files) U
  349 Notifier      how does an alert go out?         (network, processes) U
-1122 HttpServer    is this a valid request, in time?     (network, files) U
-1467 Api           who may call what?                           (network) U
-5889 Page          what does the browser run?                   (nothing) U C
+1125 HttpServer    is this a valid request, in time?     (network, files) U
+1468 Api           who may call what?                           (network) U
+5894 Page          what does the browser run?                   (nothing) U C
  4 commands
  250 Terminal      how does koitab speak with its caller?      (terminal) C
  363 TabCommands   what can be done to a tab?           (files, terminal) C
@@ -73,7 +73,7 @@ without rights, C the caller.
  461 Services      how are koid and the dashboard started?      (machine) C
   91 Source        which code runs as whom?             (files, terminal) C
  110 Manual        how is a topic printed?         (terminal, processes) C
-1938 Help          what can I look up?                          (terminal) C
+1941 Help          what can I look up?                          (terminal) C
  673 Command       what can I type?                            (terminal) C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
@@ -2316,7 +2316,9 @@ class TabReader:
         elif name in ("MAILTO", "MAILFROM") and value \
                 and not safe_address(value):
             self.add_diagnostic(at, "unsafe mail", f"invalid {name} "
-                                f"{short(value)}, so nothing is mailed",
+                                f"{short(value)}, so " + (
+                                    "nothing is mailed" if name == "MAILTO"
+                                    else "the sender is the default"),
                                 "expected me@example.com,root without blanks")
         elif name == "TZ":
             self.add_diagnostic(0, "odd variable", "TZ applies to the command "
@@ -7339,11 +7341,11 @@ class Scheduler:
         for run, status in REPORT.iter_unpack(data):
             if status == NO_FILE:   # else it would count as not begun
                 self.write([self.store.update(run, reason=NO_FILE_REASON)])
-            else:
-                self.end(run, status)
                 for pid, of_run in self.supervisors.items():
                     if of_run == run:
                         os.kill(pid, signal.SIGUSR1)
+            else:
+                self.end(run, status)
 
     def end(self, run: int, status: int = NO_STATUS) -> None:
         """Let the end of a run be recorded. Without a wait status its file
@@ -7615,12 +7617,12 @@ class Scheduler:
                   queued: QueuedRun | None) -> tuple:
         """Return the statement for a run that will never begin."""
         state, reason = "interrupted", "koid was stopped before the run began"
-        if row["state"] == "queued" and not queued:
-            state, reason = "skipped", "the job was changed" if has_job \
         if row["reason"] == NO_FILE_REASON:     # it has begun
             return self.store.update(
                 row["run"], state=state, reason="koid was stopped, and "
                 + NO_FILE_REASON)
+        if row["state"] == "queued" and not queued:
+            state, reason = "skipped", "the job was changed" if has_job \
                 else "the job was removed"
         elif row["state"] == "running" and row["trigger"] == "schedule":
             state = "missed"
@@ -20919,8 +20921,9 @@ function logInView(why = "") {
   el("label", { for: "secret", text: "Passphrase" }), user,
   el("div", { class: "pair" }, secret, showSecretButton(secret)),
   capsNote(secret), failed, bar, open, el("p", { class: "muted", id: "hint",
-    text: "The passphrase stays in this tab until you close it. In a "
-    + "generated one, capitals, spaces and dashes make no difference." })));
+    text: "This tab keeps the keys until you lock or close it, or for 15 "
+    + "minutes of inactivity. In a generated passphrase, capitals, spaces "
+    + "and dashes make no difference." })));
   secret.focus();
   if (!server) showFirstPage();
   return parts;
@@ -27980,8 +27983,8 @@ SETTINGS OF CRONIE
 VARIABLES OF CRON
 
   MAILTO, MAILFROM
-      Who gets mail, and from whom it comes, as in cron. Empty: no mail.
-      Default: the user.
+      The recipient and the sender of mail, as in cron. An empty MAILTO: no
+      mail. Default: the user, and USER (Cron Daemon).
   CONTENT_TYPE, CONTENT_TRANSFER_ENCODING
       Of the mail. Default: plain text.
   SHELL
@@ -28021,7 +28024,7 @@ From another desk, use ssh, and open http://127.0.0.1:8077 there:
 
 If a dashboard without a passphrase already runs at 127.0.0.1:8077 (`koitab
 dashboard`, or its unit), `koitab -d new` uses that one. A dashboard is created
-once, with a founding token. It writes the token into the file
+once, with a founding token. The dashboard writes the token into the file
 dashboard.db.founding next to its database, which only its user and root can
 read. `koitab -d new` finds the token there, or asks for it on another machine.
 
@@ -28073,8 +28076,9 @@ JOIN, SHOW, LEAVE
       List the access tokens with the time of their creation and last use; make
       one invalid.
   -d leave
-      Leave the dashboard; off is the same. If the passphrase is lost, leave,
-      and then use `koitab -d new`.
+      Leave the dashboard; off is the same. If the passphrase is lost: leave on
+      each host, stop koid (or koi-dashboard), move dashboard.db* away, start
+      it again, and use `koitab -d new`.
 
 A passphrase is stored nowhere. Anyone with it can run the @manual jobs of all
 hosts. Upper case, blanks and dashes make no difference.
@@ -28612,11 +28616,11 @@ check. A ping may have 1 MiB.
 
 STATES
 
-A check is new until its first ping, then up; it is in its grace time when a
-ping is late, and then down. /fail and an exit status that is not 0 put it down
-at once. A paused check is not monitored. The grace time covers start and run,
-as in Healthchecks, unless the check has a start deadline (start_within) or a
-run own limit (run_limit).
+A check is new until its first ping, then up. It is late when a ping is
+overdue, and down when the grace time has ended as well. /fail and an exit
+status that is not 0 put it down at once. A paused check is not monitored. The
+grace time covers start and run, as in Healthchecks, unless the check has a
+start deadline (start_within) or a limit for the run (run_limit).
 
 Time in which the dashboard was down does not count. If the disk of the
 dashboard is full, a ping is answered with 503 and Retry-After.
@@ -28647,8 +28651,8 @@ ROUTES
 
 The others need the header `Authorization: Bearer KEY`. KEY is an access token,
 the token of a host, or the operator key, which the page makes from the
-passphrase. Tokens are in no URL. Requests with wrong keys are slowed down
-(429).
+passphrase. No request has a token in its URL. Requests with wrong keys are
+slowed down (429).
 
   GET /api/v1/state, /api/v1/stream, /api/v1/jobs/JOB/runs
       With the token of a viewer; see READING below.
@@ -29320,8 +29324,9 @@ THE DASHBOARD
 
 It uses no cookies, checks Host and Origin, has a Content Security Policy that
 allows only its own script by hash, and shows everything that comes from jobs
-and hosts as text. Tokens are in headers, never in URLs, except the keys of
-pings and badges, which can do nothing else.
+and hosts as text. Tokens are sent in headers, never in URLs, except the keys
+of pings and badges, which can do nothing else. A read-only link has its token
+after #, which browsers do not send.
 
 After ten wrong keys in a minute from a network, the answers to more wrong keys
 come a second later; a right key is never refused because of wrong ones.
@@ -29490,7 +29495,7 @@ Root can do anything. A supervisor runs as its user, who can end it; the run is
 then interrupted. A process that a job puts into a new session outlives
 `koitab kill`. Programs that a job runs as another user (sudo) are not ended by
 its time limit. Keep /var/lib/koi/keys out of backups that others can read. A
-lost passphrase: `koitab -d leave`, then `koitab -d new`. `koitab help files`
+lost passphrase: see -d leave in `koitab help dashboard`. `koitab help files`
 says what a restored machine means for requests.
 """
 STATUS_TOPIC = """\
@@ -29571,8 +29576,9 @@ The page, badges and the API show these states:
   unknown
       A job whose host is down.
   up, late, down, paused
-      A check: pinged in time; late but within its grace time; late, or a
-      failure was reported; not monitored.
+      A check: pinged in time; the ping is overdue, within the grace time; no
+      ping until the grace time ended, or a failure was reported; not
+      monitored.
   up, down, left, duplicate
       A host: reports; was not heard from for 90 seconds; has left the
       dashboard; another host has the same host ID (a cloned machine).

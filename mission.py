@@ -39,7 +39,7 @@ O the owner of the repository.
  967 Run       how are the steps of a run carried out?  (machine)            C
  160 Sample    what does `init` write?                  (nothing)            C
  110 Manual    how is a topic printed?                (terminal, processes) C
- 470 Help      what can I look up?                     (nothing)            C
+ 471 Help      what can I look up?                     (nothing)            C
 1055 Command   what can I type?                         (terminal)           C
 
 The options -I and -S in the first line keep the caller's PYTHON* variables,
@@ -7660,8 +7660,9 @@ plugins. It judges each scheduled task by its own last success.
       Warning: a task ended with a notice or has not run yet, something was not
       delivered, or the last success is in the future.
   2
-      Critical: a task failed, its last success is older than --max-age, or the
-      run was lost or stopped.
+      Critical: a task failed, its last success is older than --max-age, the
+      run had errors or warnings (of chown or commit, for example), or it was
+      lost or stopped.
   3
       Unknown: no complete run, wrong usage, or an invalid configuration.
 

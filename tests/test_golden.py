@@ -70,6 +70,8 @@ def number_or_now(match) -> str:
 
 # Applied in this order, after the paths and ports of the scenario.
 PLACEHOLDERS: list[tuple[str, str | Callable]] = [
+    # What mission adds for anyone but root.
+    (r"( recorded for \S+) by this user", r"\1"),
     # Dates in RFC 3339, and seconds and milliseconds since 1970.
     (r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?",
      stamp_or_now),

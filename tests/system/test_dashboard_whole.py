@@ -316,7 +316,7 @@ def test_notification_of_the_page_reaches_a_mail_server_or_says_why_not(
         browser.press("Save and send a test")
         browser.wait("/Delivered \\d\\d:\\d\\d/.test(document.querySelector("
                      "'.channels li').innerText)")
-        assert "a test" in sink.wait(1)[0].subject
+        assert "test notification" in sink.wait(1)[0].subject
         browser.press("Edit")
         assert browser.js("return document.querySelector('#channel-password')"
                           ".value") == "***"

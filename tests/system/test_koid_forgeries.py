@@ -82,7 +82,7 @@ class Forger:
             "dashboard": lambda: self.signed(dash=digits(16)),
             "key": lambda: self.signed(key=digits(16)),
             "user": lambda: self.signed(user=pick(
-                ["", "nobody", "root\0", "daemon", digits(8)])),
+                ["", "bin", "root\0", "daemon", digits(8)])),
             "tag": lambda: self.signed(tag=pick(
                 ["", digits(8), json.loads(self.specs["Other"])["tag"]])),
             "job": lambda: self.signed(job=pick(
